@@ -1,0 +1,1 @@
+"""Real data, a baseline model and a metric, one file per task."""
