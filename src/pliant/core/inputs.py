@@ -161,12 +161,9 @@ def check_example(model: nn.Module, example: Input) -> Tensor:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    shapes: list[tuple[int, ...]] = []
-    map_tensors(example, lambda t: (shapes.append(tuple(t.shape)), t)[1])
-    if not shapes:
-        raise TypeError(f"example: expected a tensor, a tuple or a mapping of tensors, got {type(example).__name__}")
-    if 0 in shapes[0]:
-        raise ValueError(f"example: shape {shapes[0]} has no elements; give a batch of one or more real inputs")
+    shape = tuple(first_tensor(example).shape)
+    if 0 in shape:
+        raise ValueError(f"example: shape {shape} has no elements; give a batch of one or more real inputs")
     with evaluating(model), torch.no_grad():
         try:
             first = logits(call(model, example))

@@ -18,6 +18,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,7 @@ def _cifar10() -> ImageData:
             for part in ("train", "test"):
                 blob, offsets = z[f"{part}_blob"].tobytes(), z[f"{part}_off"]
                 images = [
-                    np.asarray(pillow.open(io.BytesIO(header + blob[a:b])).convert("RGB"))
-                    for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+                    np.asarray(pillow.open(io.BytesIO(header + blob[a:b])).convert("RGB")) for a, b in pairwise(offsets)
                 ]
                 parts.append((np.stack(images), z[f"{part}_y"]))
         return parts[0], parts[1]
@@ -258,13 +258,13 @@ NAMES = tuple(_SOURCES)
 
 
 def _dataset(name: str, title: str, parts: Sequence[Arrays], classes: tuple[str, ...]) -> ImageData:
-    """Normalise by the mean and spread of the training pixels, channel by channel."""
-    parts = [
-        (_planes(images), torch.from_numpy(labels.astype(np.int64))) for images, labels in (train, validation, test)
-    ]
-    pixels = tensors[0][0]
-    mean, std = pixels.mean((0, 2, 3), keepdim=True), pixels.std((0, 2, 3), keepdim=True)
-    a, b, c = (TensorDataset((images - mean) / std, labels) for images, labels in tensors)
+    """Train, validation and test, normalised by the mean and spread of the training pixels, channel by channel."""
+    pixels = [_planes(images) for images, _ in parts]
+    mean, std = pixels[0].mean((0, 2, 3), keepdim=True), pixels[0].std((0, 2, 3), keepdim=True)
+    a, b, c = (
+        TensorDataset((images - mean) / std, torch.from_numpy(labels.astype(np.int64)))
+        for images, (_, labels) in zip(pixels, parts, strict=True)
+    )
     return ImageData(name, title, a, b, c, classes)
 
 

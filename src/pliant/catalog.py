@@ -1,0 +1,98 @@
+"""The directory of methods: plain data, importing nothing heavy. The classes are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published system: what changes, by whom it is chosen, and when."""
+
+    slug: str
+    path: str
+    title: str
+    year: int
+    arxiv: str
+    what: str
+    by: str
+    when: str
+    task: str
+    extra: str = ""
+
+    @property
+    def family(self) -> str:
+        """The room that the method lives in: elastic, sparsity, routing, ..."""
+        return self.path.split(".")[1]
+
+    @property
+    def name(self) -> str:
+        """The class's name."""
+        return self.path.partition(":")[2]
+
+    def load(self) -> Any:
+        """The method's class."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+METHODS = (
+    Entry(
+        slug="sortednet",
+        path="pliant.elastic.sortednet:SortedNet",
+        title="SortedNet: a scalable and generalized framework for training modular deep neural networks",
+        year=2023,
+        arxiv="2309.00255",
+        what="width and depth of one set of weights",
+        by="the caller's budget",
+        when="per request or deployment",
+        task="images",
+    ),
+    Entry(
+        slug="rd-pruning",
+        path="pliant.sparsity.rd_pruning:RDPruning",
+        title="Efficient joint optimization of layer-adaptive weight pruning in deep neural networks",
+        year=2023,
+        arxiv="2308.10438",
+        what="which weights are zero",
+        by="dynamic programming over measured distortion curves",
+        when="after training, once or in rounds",
+        task="images",
+    ),
+    Entry(
+        slug="jei-dnn",
+        path="pliant.routing.jei_dnn:JEIDNN",
+        title="Jointly-learned exit and inference for a dynamic neural network",
+        year=2023,
+        arxiv="2310.09163",
+        what="the number of blocks that run",
+        by="a learned gate at each exit",
+        when="per input",
+        task="images",
+    ),
+    Entry(
+        slug="weight-compander",
+        path="pliant.weights.weight_compander:WeightCompander",
+        title="Weight Compander: a simple weight reparameterization for regularization",
+        year=2023,
+        arxiv="2306.16993",
+        what="the map from stored to used weights",
+        by="gradient descent",
+        when="during training; merged away afterwards",
+        task="images",
+    ),
+)
+
+
+def find(slug: str) -> Entry:
+    """The entry of ``slug``.
+
+    Raises:
+        ValueError: there is none; the message names those that there are.
+    """
+    for entry in METHODS:
+        if entry.slug == slug:
+            return entry
+    raise ValueError(f"method: unknown {slug!r}; allowed: {', '.join(e.slug for e in METHODS)}")
