@@ -1,0 +1,657 @@
+"""A sub-network as a set of *views* on the parameters of the full one.
+
+Two cuts make a network smaller: fewer channels (*width*) and fewer blocks (*depth*).
+
+Channels that are added, concatenated or multiplied must be cut together. Which ones those are is read off the
+dependency graph of torch-pruning, which traces the user's own forward. A group of C coupled channels is cut to its
+first ``kept(C, width, units)`` ones; ``units`` keeps what must not be parted together: attention heads, the channels
+of one group of a GroupNorm or of a grouped convolution. Smaller widths are prefixes of larger ones (nesting),
+everywhere by one rounding function.
+
+A sub-network is (1) a *skeleton*: a copy of the user's modules without any weights, whose static sizes (number of
+groups, heads, normalised shape, length of a block list) are those of the smaller network, and (2) the *cuts*: for each
+parameter the kept range of each dimension. Running it gives the skeleton views on the full parameters
+(``torch.func.functional_call``); extracting it gives the same skeleton copies of them. That is why both give the same
+numbers, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from pliant.core.inputs import Input, call, check_example, evaluating, first_tensor, logits
+
+Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
+Cuts = dict[int, Runs]  # by dimension
+
+
+def kept(channels: int, width: float, units: int | None = None) -> int:
+    """How many of ``channels`` stay at ``width``: whole units, rounded half up, at least one.
+
+    >>> [kept(10, w) for w in (0.05, 0.25, 0.5, 1.0)]
+    [1, 3, 5, 10]
+    >>> kept(12, 0.5, units=3)  # three heads of four channels: 1.5 heads round up to 2
+    8
+    """
+    units = channels if units is None else units
+    return max(1, math.floor(units * width + 0.5)) * (channels // units)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor side that a group cuts: ``positions[i]`` of the module's side carries channel ``channels[i]``."""
+
+    module: str
+    side: str  # "out" or "in" of a module; "parameter": a bare parameter of that name
+    positions: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass
+class Group:
+    """Coupled channels, cut together. ``units`` of them can be kept."""
+
+    name: str
+    channels: int
+    units: int
+    members: list[Member] = field(default_factory=list)
+    linked: frozenset[str] = frozenset()  # groups that a grouped convolution binds to keep the same share
+
+    def __repr__(self) -> str:
+        return f"Group({self.name}, {self.channels} channels in {self.units} units, {len(self.members)} members)"
+
+
+@dataclass(frozen=True)
+class SubNetwork:
+    """A skeleton and the cuts that give it its weights."""
+
+    skeleton: nn.Module
+    cuts: Mapping[str, Cuts]
+
+    def views(self, model: nn.Module) -> dict[str, Tensor]:
+        """Every parameter and buffer that the skeleton needs, as views on those of the full ``model``.
+
+        A leading range is a view. Two exceptions copy one tensor at a time: where the kept positions are several
+        pieces (behind a concatenation, in the joined projection of ``nn.MultiheadAttention``) they are joined; and in
+        evaluation mode a matrix that lost columns is made contiguous, because the product of a strided matrix with a
+        single row takes another kernel on CPU and differs in the last bit (convolutions and training do not need it).
+        """
+        full = _tensors(model)
+        # Views require a gradient where their parameter does, also under no_grad: ``torch.matmul`` looks at that flag
+        # when it chooses a kernel, and would otherwise differ from the extracted network in the last bit.
+        with torch.enable_grad():
+            views = {name: _cut(full[name], self.cuts.get(name, {})) for name in _tensors(self.skeleton)}
+            if not self.skeleton.training:
+                views.update({name: v.contiguous() for name, v in views.items() if v.ndim == 2})
+        return views
+
+    def run(self, model: nn.Module, x: Input, replace: Mapping[str, Tensor] | None = None) -> Any:
+        """The skeleton's output on ``x`` with views on ``model``'s weights; ``replace`` overrides some tensors."""
+        tensors = self.views(model)
+        tensors.update(replace or {})
+        args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
+        kwargs = dict(x) if isinstance(x, Mapping) else {}
+        return functional_call(self.skeleton, tensors, args, kwargs, tie_weights=False)
+
+    def extract(self, model: nn.Module, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A plain network with contiguous copies of the weights, in evaluation mode. Tied weights stay tied."""
+        network = copy.deepcopy(self.skeleton)
+        full, views = _tensors(model), self.views(model)
+        views.update(replace or {})
+        made: dict[int, Tensor] = {}
+        for name, view in views.items():
+            path, _, leaf = name.rpartition(".")
+            owner = network.get_submodule(path)
+            if id(full[name]) not in made:
+                copied = view.detach().clone(memory_format=torch.contiguous_format)
+                source = full[name]
+                made[id(source)] = (
+                    nn.Parameter(copied, source.requires_grad) if isinstance(source, nn.Parameter) else copied
+                )
+            store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+            store[leaf] = made[id(full[name])]
+        return network.eval()
+
+
+class Slicing:
+    """The channel groups and block stacks of a network.
+
+    Args:
+        model: any network whose forward torch-pruning can trace.
+        example: an input for it.
+        width: whether channels are to be cut; False skips the tracing.
+        exclude: names of modules (patterns as in ``fnmatch``) whose groups keep their full width.
+        divisor: kept channels are a multiple of this where the group's size allows.
+        stacks: names of the block lists that depth cuts; None finds them: every ``ModuleList`` or ``Sequential`` of
+            two or more modules of one class, run once each in order, of which all but the first keep the shape (of
+            nested ones the outermost).
+
+    Raises:
+        ValueError: the model cannot be traced, or a module cannot be sliced; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Input,
+        *,
+        width: bool = True,
+        exclude: Sequence[str] = (),
+        divisor: int = 1,
+        stacks: Sequence[str] | None = None,
+    ) -> None:
+        if divisor < 1:
+            raise ValueError(f"divisor: {divisor} is not a positive number of channels")
+        self.model = model
+        self.shape = tuple(check_example(model, example).shape)
+        names = [n for n, _ in model.named_modules()]
+        for pattern in exclude:
+            if not fnmatch.filter(names, pattern):
+                raise ValueError(f"exclude: no module of the model is named {pattern!r}")
+        self.exclude = tuple(exclude)
+        self.heads: dict[str, tuple[str, int]] = {}  # attention module -> (name of its inner group, its heads)
+        self.stacks = find_stacks(model, example) if stacks is None else self._check_stacks(stacks)
+        self.groups: list[Group] = []
+        if width:
+            self._find_groups(example, divisor)
+            self._link_grouped_convolutions()
+            self._try(example)
+            if not self.groups:
+                raise ValueError("model: no channel group of it can be cut; give width=(1.0,) and use depth only")
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    def _check_stacks(self, stacks: Sequence[str]) -> dict[str, int]:
+        found = {}
+        for name in stacks:
+            try:
+                container = self.model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"stacks: the model has no module named {name!r}") from None
+            if not isinstance(container, nn.ModuleList | nn.Sequential):
+                raise ValueError(f"stacks: {name!r} is a {type(container).__name__}, not a ModuleList or Sequential")
+            found[name] = len(container)
+        return found
+
+    def _find_groups(self, example: Input, divisor: int) -> None:
+        names = {module: name for name, module in self.model.named_modules()}
+        parameter_names = {id(p): name for name, p in self.model.named_parameters()}
+        for root, items in _trace(self.model, example):
+            members = []
+            for module, side, positions, channels in items:
+                if isinstance(module, nn.Parameter):
+                    members.append(Member(parameter_names[id(module)], "parameter", positions, channels))
+                elif module in names:
+                    members.append(Member(names[module], side, positions, channels))
+            if any(self._excluded(m.module) for m in members):
+                continue
+            for member in members:
+                self._check_member(member)
+            for group in _part(names[root], members):
+                group.units = math.gcd(
+                    group.channels // math.gcd(divisor, group.channels),
+                    *(self._units(group, m) for m in group.members),
+                )
+                self._find_heads(group)
+                self.groups.append(group)
+
+    def _excluded(self, name: str) -> bool:
+        parts = name.split(".")
+        ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatch.fnmatch(a, pattern) for a in ancestors for pattern in self.exclude)
+
+    def _check_member(self, member: Member) -> None:
+        if member.side == "parameter":
+            return
+        module = self.model.get_submodule(member.module)
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
+            why = f"its normalized_shape {tuple(module.normalized_shape)} has several dimensions"
+        elif isinstance(module, _ConvTransposeNd) and module.groups > 1:
+            why = "a transposed convolution with groups"
+        elif not isinstance(module, _SLICEABLE):
+            why = f"slicing a {type(module).__name__} is not supported"
+        elif isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+            why = "its keys or values have a width of their own"
+        else:
+            return
+        name = member.module
+        raise ValueError(f"model: cannot slice {name!r}: {why}; exclude it by name: exclude=[{name!r}]")
+
+    def _units(self, group: Group, member: Member) -> int:
+        """Into how many units this member allows the group to be parted."""
+        if member.side == "parameter":
+            return group.channels
+        module = self.model.get_submodule(member.module)
+        if isinstance(module, nn.GroupNorm):
+            bundle = module.num_channels // module.num_groups
+        elif isinstance(module, nn.MultiheadAttention):
+            bundle = module.head_dim
+        elif isinstance(module, _ConvNd) and module.groups > 1:
+            bundle = (module.out_channels if member.side == "out" else module.in_channels) // module.groups
+        else:
+            return group.channels
+        whole = min(member.positions) % bundle == 0 and len(member.positions) % bundle == 0
+        return len(member.positions) // bundle if whole else 1
+
+    def _find_heads(self, group: Group) -> None:
+        """Is this the inner width of an attention module (queries, keys, values -> output projection)?
+
+        The module that owns the projections tells its number of heads. Inside, more channels enter the group than
+        leave it (three projections against one), which tells it from the residual width, where it is the reverse.
+        """
+        owners: dict[str, int] = {}
+        for member in group.members:
+            if member.side != "parameter" and isinstance(self.model.get_submodule(member.module), nn.Linear):
+                owner = member.module.rpartition(".")[0]
+                owners[owner] = owners.get(owner, 0) + (1 if member.side == "out" else -1) * len(member.positions)
+        for owner, balance in owners.items():
+            module = self.model.get_submodule(owner)
+            counts = [v for a in _HEADS if isinstance(v := getattr(module, a, None), int) and v > 0]
+            if balance > 0 and counts:
+                units = math.gcd(*counts)
+                if group.channels % units:
+                    continue
+                group.units = math.gcd(group.units, units)
+                self.heads[owner] = (group.name, units)
+
+    def _link_grouped_convolutions(self) -> None:
+        """The input and output groups of a grouped convolution must keep the same share of its groups."""
+        clusters: list[set[str]] = [{g.name} for g in self.groups]
+        for name, module in self.model.named_modules():
+            if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels:
+                touched = {g.name for g in self.groups if any(m.module == name for m in g.members)}
+                joined = [c for c in clusters if c & touched]
+                clusters = [c for c in clusters if not c & touched] + ([set().union(*joined)] if joined else [])
+        for group in self.groups:
+            group.linked = frozenset(next(c for c in clusters if group.name in c))
+        common = {c: math.gcd(*(g.units for g in self.groups if g.name in c)) for c in map(frozenset, clusters)}
+        for group in self.groups:
+            group.units = common[group.linked]
+
+    def _try(self, example: Input) -> None:
+        """Run every group alone at its smallest, then all together: outputs must keep their shape.
+
+        A group whose cut changes the shape of the output holds the network's outputs, and is left whole.
+        """
+        least = {g.name: kept(g.channels, 0.0, g.units) for g in self.groups}
+        inner = []
+        for group in self.groups:
+            result = self._attempt({name: least[name] for name in group.linked}, example)
+            if isinstance(result, Exception):
+                members = [m.module for m in group.members if m.side == "out"] or [group.name]
+                raise ValueError(
+                    f"model: cannot slice the channels of {', '.join(map(repr, members[:4]))}: {_first_line(result)}. "
+                    f"Its forward seems to fix their number; exclude them by name: exclude=[{group.name!r}]"
+                ) from result
+            if result == self.shape:
+                inner.append(group)
+        self.groups = inner
+        sizes = {g.name: least[g.name] for g in inner}
+        self._check_ties(self._build(sizes, {}).cuts)
+        result = self._attempt(sizes, example)
+        if result != self.shape:
+            why = _first_line(result) if isinstance(result, Exception) else f"the output has shape {result}"
+            raise ValueError(f"model: its channel groups can be cut one by one but not together: {why}")
+
+    def _attempt(self, sizes: Mapping[str, int], example: Input) -> tuple[int, ...] | Exception:
+        try:
+            network = self._build(sizes, {})
+            with evaluating(network.skeleton), torch.no_grad():
+                return tuple(logits(network.run(self.model, example)).shape)
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+            return error
+
+    # -- sub-networks -------------------------------------------------------------------------------------------
+
+    def sizes(self, width: float) -> dict[str, int]:
+        """Kept channels of every group at ``width``."""
+        return {g.name: kept(g.channels, width, g.units) for g in self.groups}
+
+    def depths(self, depth: float) -> dict[str, int]:
+        """Kept blocks of every stack at ``depth``."""
+        return {name: kept(blocks, depth) for name, blocks in self.stacks.items()}
+
+    def subnetwork(self, width: float = 1.0, depth: float = 1.0) -> SubNetwork:
+        """The sub-network of the first channels and blocks.
+
+        Raises:
+            ValueError: ``width`` or ``depth`` is not in (0, 1], or there is nothing to cut.
+        """
+        for name, value in (("width", width), ("depth", depth)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name}: {value} is not in (0, 1]")
+        if depth < 1 and not self.stacks:
+            raise ValueError("depth: no stack of blocks was found in the model; name them: stacks=['blocks']")
+        return self._build(self.sizes(width), self.depths(depth))
+
+    def _build(self, sizes: Mapping[str, int], depths: Mapping[str, int]) -> SubNetwork:
+        skeleton = _skeleton(self.model)
+        for name, blocks in depths.items():
+            if blocks < self.stacks[name]:
+                path, _, leaf = name.rpartition(".")
+                setattr(skeleton.get_submodule(path), leaf, skeleton.get_submodule(name)[:blocks])  # type: ignore[index]
+        sides: dict[tuple[str, str], set[int]] = {}  # positions that fall away
+        for group in self.groups:
+            size = sizes.get(group.name, group.channels)
+            if size == group.channels:
+                continue
+            for m in group.members:
+                gone = {p for p, c in zip(m.positions, m.channels, strict=True) if c >= size}
+                sides.setdefault((m.module, m.side), set()).update(gone)
+        cuts: dict[str, Cuts] = {}
+        by_module: dict[str, dict[str, set[int]]] = {}
+        for (module_name, side), gone in sides.items():
+            if side == "parameter":
+                parameter = self.model.get_parameter(module_name)
+                dim = _last_wide(parameter)
+                cuts[module_name] = {dim: _runs(parameter.shape[dim], gone)}
+            else:
+                by_module.setdefault(module_name, {})[side] = gone
+        for module_name, gone_by_side in by_module.items():
+            module = self.model.get_submodule(module_name)
+            found, attributes = _module_cuts(module, gone_by_side)
+            for parameter_name, cut in found.items():
+                cuts[f"{module_name}.{parameter_name}" if module_name else parameter_name] = cut
+            if _has(skeleton, module_name):
+                target = skeleton.get_submodule(module_name)
+                for attribute, value in attributes.items():
+                    setattr(target, attribute, value)
+        self._resize_attention(skeleton, sizes)
+        return SubNetwork(skeleton, cuts)
+
+    def _resize_attention(self, skeleton: nn.Module, sizes: Mapping[str, int]) -> None:
+        """Give attention modules written by others the number of heads that they have left."""
+        groups = {g.name: g for g in self.groups}
+        for owner, (group_name, _) in self.heads.items():
+            size = sizes.get(group_name)
+            if size is None or group_name not in groups or not _has(skeleton, owner):
+                continue
+            full = groups[group_name].channels
+            module = skeleton.get_submodule(owner)
+            for attribute in _HEADS:
+                if isinstance(heads := getattr(module, attribute, None), int):
+                    setattr(module, attribute, heads * size // full)
+            for attribute in _INNER_WIDTHS:
+                if getattr(module, attribute, None) == full:
+                    setattr(module, attribute, size)
+
+    def _check_ties(self, cuts: Mapping[str, Cuts]) -> None:
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            other = first.setdefault(id(parameter), name)
+            if cuts.get(name, {}) != cuts.get(other, {}):
+                raise ValueError(
+                    f"model: {other!r} and {name!r} are one tied parameter, but would be cut differently; "
+                    f"exclude one of them: exclude=[{name.rpartition('.')[0]!r}]"
+                )
+
+
+_HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "nhead", "heads")
+_INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
+_SLICEABLE = (
+    _ConvNd,
+    nn.Linear,
+    _NormBase,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+    nn.Embedding,
+    nn.PReLU,
+    nn.MultiheadAttention,
+)
+
+
+def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[str, Cuts], dict[str, Any]]:
+    """Which parameters of ``module`` lose which positions, and the static sizes that it has then."""
+    if isinstance(module, _ConvNd | nn.Linear):
+        transposed = isinstance(module, _ConvTransposeNd)
+        linear = isinstance(module, nn.Linear)
+        outs, ins = ("out_features", "in_features") if linear else ("out_channels", "in_channels")
+        groups: int = 1 if linear else module.groups  # type: ignore[assignment]
+        out_full, in_full = int(getattr(module, outs)), int(getattr(module, ins))
+        if groups > 1:
+            # The input and the output lose the same groups. In a depthwise convolution the two are the same channels.
+            out_gone, in_gone = gone.get("out", set()), gone.get("in", set())
+            if groups == in_full == out_full:
+                runs = _runs(groups, out_gone | in_gone)
+                size = _length(runs)
+                cuts = {"weight": {0: runs}, "bias": {0: runs}}
+                return _present(module, cuts), {outs: size, ins: size, "groups": size}
+            left = groups - max(len(out_gone) * groups // out_full, len(in_gone) * groups // in_full)
+            out_size, in_size = out_full * left // groups, in_full * left // groups
+            out_runs = _runs(out_full, set(range(out_size, out_full)))
+            cuts = {"weight": {0: out_runs}, "bias": {0: out_runs}}
+            return _present(module, cuts), {outs: out_size, ins: in_size, "groups": left}
+        weight: Cuts = {}
+        attributes: dict[str, Any] = {}
+        cuts = {"weight": weight}
+        if "out" in gone:
+            runs = _runs(out_full, gone["out"])
+            weight[1 if transposed else 0] = runs
+            cuts["bias"] = {0: runs}
+            attributes[outs] = _length(runs)
+        if "in" in gone:
+            runs = _runs(in_full, gone["in"])
+            weight[0 if transposed else 1] = runs
+            attributes[ins] = _length(runs)
+        return _present(module, cuts), attributes
+    lost = set().union(*gone.values())
+    if isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
+        runs = _runs(width, lost)
+        size = _length(runs)
+        thrice = _runs(3 * width, {p + i * width for p in lost for i in range(3)})
+        cuts = {
+            "in_proj_weight": {0: thrice, 1: runs},
+            "in_proj_bias": {0: thrice},
+            "out_proj.weight": {0: runs, 1: runs},
+            "out_proj.bias": {0: runs},
+        }
+        heads = size // module.head_dim
+        return cuts, {"embed_dim": size, "kdim": size, "vdim": size, "num_heads": heads}
+    if isinstance(module, nn.Embedding):
+        runs = _runs(module.embedding_dim, lost)
+        return {"weight": {1: runs}}, {"embedding_dim": _length(runs)}
+    if isinstance(module, nn.PReLU):
+        if module.num_parameters == 1:  # one slope for all channels
+            return {}, {}
+        runs = _runs(module.num_parameters, lost)
+        return {"weight": {0: runs}}, {"num_parameters": _length(runs)}
+    names = ("weight", "bias", "running_mean", "running_var")
+    if isinstance(module, nn.GroupNorm):
+        runs = _runs(module.num_channels, lost)
+        size, full = _length(runs), module.num_channels
+        attributes = {"num_channels": size, "num_groups": size * module.num_groups // full}
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        runs = _runs(module.normalized_shape[0], lost)
+        attributes = {"normalized_shape": (_length(runs),)}
+    else:
+        runs = _runs(int(module.num_features), lost)  # type: ignore[arg-type]
+        attributes = {"num_features": _length(runs)}
+    return _present(module, {name: {0: runs} for name in names}), attributes
+
+
+def _present(module: nn.Module, cuts: dict[str, Cuts]) -> dict[str, Cuts]:
+    return {name: cut for name, cut in cuts.items() if isinstance(getattr(module, name, None), Tensor) and cut}
+
+
+class _RMSNormPruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
+    """Tells the dependency graph that an RMSNorm's channels go straight through; nothing is ever pruned by it."""
+
+    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.RMSNorm) -> int:
+        return int(layer.normalized_shape[-1])
+
+    get_in_channels = get_out_channels
+
+
+def _trace(model: nn.Module, example: Input) -> Iterable[tuple[nn.Module, list[tuple[Any, str, Any, Any]]]]:
+    """The coupled channels by torch-pruning: (root module, [(module, side, positions, channels)])."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    graph = torch_pruning.DependencyGraph()
+    try:
+        for p in frozen:  # the graph follows autograd
+            p.requires_grad_(True)
+        with evaluating(model), warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(
+                model,
+                example_inputs=example,
+                forward_fn=call,
+                output_transform=logits,
+                customized_pruners={nn.RMSNorm: _RMSNormPruner()},
+                verbose=False,
+            )
+            groups = list(graph.get_all_groups(root_module_types=[_ConvNd, nn.Linear, nn.Embedding]))
+    except Exception as error:  # torch-pruning raises whatever its tracing runs into
+        raise ValueError(
+            f"model: its forward cannot be traced for width ({_first_line(error)}); give width=(1.0,) and use depth only"
+        ) from error
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    for group in groups:
+        items = []
+        for item in group:
+            module, handler = item.dep.target.module, item.dep.handler
+            if isinstance(module, nn.Parameter | nn.Module):
+                side = "in" if graph.is_in_channel_pruning_fn(handler) else "out"
+                items.append((module, side, tuple(item.idxs), tuple(item.root_idxs)))
+        yield group[0].dep.target.module, items
+
+
+def _part(root: str, members: Sequence[Member]) -> list[Group]:
+    """Part coupled channels where they come from different layers: behind a concatenation each part is cut alone.
+
+    Channels belong together when the same members carry them.
+    """
+    carriers: dict[int, list[int]] = {}
+    for i, member in enumerate(members):
+        for channel in set(member.channels):
+            carriers.setdefault(channel, []).append(i)
+    parts: dict[tuple[int, ...], list[int]] = {}
+    for channel in sorted(carriers):
+        parts.setdefault(tuple(carriers[channel]), []).append(channel)
+    groups = []
+    for number, (carried_by, channels) in enumerate(parts.items()):
+        rank = {channel: i for i, channel in enumerate(channels)}
+        group = Group(root if len(parts) == 1 else f"{root}[{number}]", len(channels), 1)
+        for i in carried_by:
+            m = members[i]
+            pairs = [(p, rank[c]) for p, c in zip(m.positions, m.channels, strict=True) if c in rank]
+            group.members.append(Member(m.module, m.side, tuple(p for p, _ in pairs), tuple(c for _, c in pairs)))
+        groups.append(group)
+    return groups
+
+
+def find_stacks(model: nn.Module, example: Input) -> dict[str, int]:
+    """Names and lengths of the block lists that may be shortened; see ``Slicing``."""
+    candidates = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(module) > 1
+        and len({type(child) for child in module}) == 1
+        and any(True for _ in module[0].parameters())
+    }
+    runs: list[tuple[int, tuple[int, ...] | None, tuple[int, ...] | None]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        runs.append((id(module), _shape_of((*args, *kwargs.values())), _shape_of(output)))
+
+    blocks = {id(child): child for children in candidates.values() for child in children}
+    handles = [child.register_forward_hook(note, with_kwargs=True) for child in blocks.values()]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stacks = {}
+    for name, children in candidates.items():
+        mine = [r for r in runs if r[0] in {id(c) for c in children}]
+        in_order = [r[0] for r in mine] == [id(c) for c in children]
+        if in_order and all(before is not None and before == after for _, before, after in mine[1:]):
+            stacks[name] = len(children)
+    return {name: n for name, n in stacks.items() if not any(name.startswith(f"{other}.") for other in stacks)}
+
+
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    try:
+        return tuple(first_tensor(value).shape)
+    except TypeError:
+        return None
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the modules of ``model`` whose parameters and buffers hold no memory."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _cut(tensor: Tensor, cuts: Cuts) -> Tensor:
+    for dim, runs in cuts.items():
+        pieces = [tensor.narrow(dim, start, length) for start, length in runs]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return tensor
+
+
+def _runs(size: int, gone: set[int]) -> Runs:
+    runs: list[tuple[int, int]] = []
+    for p in range(size):
+        if p in gone:
+            continue
+        if runs and sum(runs[-1]) == p:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((p, 1))
+    return tuple(runs)
+
+
+def _length(runs: Runs) -> int:
+    return sum(length for _, length in runs)
+
+
+def _last_wide(parameter: Tensor) -> int:
+    """The dimension that the dependency graph cuts in a bare parameter: the last one longer than 1."""
+    return max((d for d in range(parameter.ndim) if parameter.shape[d] > 1), default=parameter.ndim - 1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
