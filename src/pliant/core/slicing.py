@@ -200,7 +200,7 @@ class Slicing:
                 continue
             for member in members:
                 self._check_member(member)
-            for group in _part(names[root], members):
+            for group in _part(names[root], self._join_projections(members)):
                 group.units = math.gcd(
                     group.channels // math.gcd(divisor, group.channels),
                     *(self._units(group, m) for m in group.members),
@@ -246,6 +246,31 @@ class Slicing:
         whole = min(member.positions) % bundle == 0 and len(member.positions) % bundle == 0
         return len(member.positions) // bundle if whole else 1
 
+    def _join_projections(self, members: list[Member]) -> list[Member]:
+        """Queries, keys and values out of one Linear (three thirds of its rows): channel c of each goes together.
+
+        The dependency graph only ties the values to the output projection, since no channel of a query reaches it.
+        """
+        linear = {side: [m for m in members if m.side == side and self._is_linear(m.module)] for side in ("out", "in")}
+        if len(linear["out"]) != 1 or len(linear["in"]) != 1:
+            return members
+        fused, projection = linear["out"][0], linear["in"][0]
+        owner, size = fused.module.rpartition(".")[0], len(projection.positions)
+        values = tuple(range(2 * size, 3 * size))
+        if (
+            len(fused.positions) != 3 * size
+            or projection.module.rpartition(".")[0] != owner
+            or tuple(sorted(projection.channels)) != values
+        ):
+            return members
+        return [
+            Member(fused.module, "out", fused.positions, tuple(c % size for c in fused.channels)),
+            Member(projection.module, "in", projection.positions, tuple(c - 2 * size for c in projection.channels)),
+        ]
+
+    def _is_linear(self, name: str) -> bool:
+        return isinstance(_submodule(self.model, name), nn.Linear)
+
     def _find_heads(self, group: Group) -> None:
         """Is this the inner width of an attention module (queries, keys, values -> output projection)?
 
@@ -254,7 +279,7 @@ class Slicing:
         """
         owners: dict[str, int] = {}
         for member in group.members:
-            if member.side != "parameter" and isinstance(self.model.get_submodule(member.module), nn.Linear):
+            if member.side != "parameter" and self._is_linear(member.module):
                 owner = member.module.rpartition(".")[0]
                 owners[owner] = owners.get(owner, 0) + (1 if member.side == "out" else -1) * len(member.positions)
         for owner, balance in owners.items():
@@ -365,10 +390,9 @@ class Slicing:
             found, attributes = _module_cuts(module, gone_by_side)
             for parameter_name, cut in found.items():
                 cuts[f"{module_name}.{parameter_name}" if module_name else parameter_name] = cut
-            if _has(skeleton, module_name):
-                target = skeleton.get_submodule(module_name)
-                for attribute, value in attributes.items():
-                    setattr(target, attribute, value)
+            target = _submodule(skeleton, module_name)
+            for attribute, value in attributes.items() if target is not None else ():
+                setattr(target, attribute, value)
         self._resize_attention(skeleton, sizes)
         return SubNetwork(skeleton, cuts)
 
@@ -376,11 +400,10 @@ class Slicing:
         """Give attention modules written by others the number of heads that they have left."""
         groups = {g.name: g for g in self.groups}
         for owner, (group_name, _) in self.heads.items():
-            size = sizes.get(group_name)
-            if size is None or group_name not in groups or not _has(skeleton, owner):
+            size, module = sizes.get(group_name), _submodule(skeleton, owner)
+            if size is None or group_name not in groups or module is None:
                 continue
             full = groups[group_name].channels
-            module = skeleton.get_submodule(owner)
             for attribute in _HEADS:
                 if isinstance(heads := getattr(module, attribute, None), int):
                     setattr(module, attribute, heads * size // full)
@@ -522,7 +545,7 @@ def _trace(model: nn.Module, example: Input) -> Iterable[tuple[nn.Module, list[t
             groups = list(graph.get_all_groups(root_module_types=[_ConvNd, nn.Linear, nn.Embedding]))
     except Exception as error:  # torch-pruning raises whatever its tracing runs into
         raise ValueError(
-            f"model: its forward cannot be traced for width ({_first_line(error)}); give width=(1.0,) and use depth only"
+            f"model: its forward cannot be traced ({_first_line(error)}); give width=(1.0,) and use depth only"
         ) from error
     finally:
         for p in frozen:
@@ -649,9 +672,9 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _has(model: nn.Module, name: str) -> bool:
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name, None where there is none (a block that depth left out, a bare parameter)."""
     try:
-        model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
-        return False
-    return True
+        return None

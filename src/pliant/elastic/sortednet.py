@@ -1,0 +1,483 @@
+"""SortedNet: one set of weights, many sizes, without a search.
+
+Valipour, Rezagholizadeh, Rajabzadeh, Kavehzadeh, Tahaei, Chen, Ghodsi: "SortedNet, a place for every network and
+every network in its place", 2023, arXiv:2309.00255. The summation form is that of its follow-up Sorted LLaMA,
+arXiv:2309.08968.
+
+The idea: sub-networks are *prefixes* of each other along every axis (the first channels, the first blocks). Each
+micro-batch trains **one** of them, drawn at random; gradients of a few micro-batches are added before a step. No
+teacher, no search, no head of its own for a size.
+
+Notation: an index b = (width, depth) out of a finite list B; theta_b the parameters that b keeps, so that
+b <= b' implies theta_b is a part of theta_b'.
+
+    objective     min over theta of  E_(x,y) E_{b ~ P_B} [ loss(f(x; theta_b), y) ]
+    "sample"      L = (1/g) sum_{j=1..g} loss(f(x_j; theta_{b_j}), y_j),   b_j ~ P_B independently
+    "sum"         L = (1/|B|) sum_{b in B} loss(f(x; theta_b), y)
+
+``x_j`` are the g parts of the batch; with ``replay=True`` each is the whole batch. In the sum form over depth alone,
+with one stack of blocks, the blocks run once and every exit goes through the shared rest of the network.
+
+Where the paper is silent (the specification's ambiguities): g = 4; P_B uniform unless ``weights`` are given;
+``always_full`` (sandwich-like) is off. In the sum form over depth the parts before the blocks run again for every exit,
+because an arbitrary network cannot be entered in the middle; blocks, which are what costs, run once. Where a block is
+more than its module (``x + block(x)`` written outside of it), every exit is a forward of its own.
+
+BatchNorm. The statistics of every size differ. ``norm_stats="recalibrate"`` resets and re-estimates them for each index
+after training (``calibrate``, called by ``fit`` at the end); ``"switchable"`` keeps running statistics for each index
+while it trains; ``"batch_free"`` asserts that the network has none. A size whose statistics are stale refuses to
+evaluate instead of returning garbage.
+
+Momentum and weight decay go on moving channels that were not active in a step (they belong to the method); with
+``zero_grad(set_to_none=True)`` blocks that no sub-network of a step used are skipped by optimisers, weight decay
+included. ``freeze_inactive`` ties an optimiser to the active parameters strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise, product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from pliant.core.cost import count_parameters, flops_per_sample
+from pliant.core.dynamic import Dynamic, Point, Value
+from pliant.core.inputs import (
+    Batch,
+    Criterion,
+    Input,
+    cross_entropy,
+    device_of,
+    inputs_of,
+    logits,
+    rows_of,
+    split_batch,
+    take,
+    to_device,
+)
+from pliant.core.slicing import Slicing, SubNetwork
+
+
+class SortedNet(Dynamic):
+    """Width and depth of one set of weights.
+
+    Args:
+        model: your network; it is wrapped, not copied.
+        example: an input batch for it, of any size.
+        width: shares of the channels, each in (0, 1]; 1 must be among them.
+        depth: shares of the blocks of every stack, each in (0, 1]; 1 must be among them.
+        indices: the list B to train and offer, as points; the product of ``width`` and ``depth`` by default.
+        accumulate: g, micro-batches (parts of a batch) with a draw of their own in one ``loss``.
+        mode: ``"sample"`` draws sub-networks, ``"sum"`` averages over all.
+        weights: P_B, a weight for each of ``points()`` in that order; uniform by default.
+        replay: run the whole batch through every draw instead of a part of it.
+        always_full: the first draw of every ``loss`` is the full network.
+        norm_stats: ``"recalibrate"``, ``"switchable"`` or ``"batch_free"``.
+        calibration_batches: batches of the training data that ``finish`` re-estimates statistics on.
+        dropout: below full width, ``"keep"`` dropout as it is, ``"scale"`` its rate by the width, or ``"off"``.
+        exclude: names of modules (fnmatch patterns) that keep their full width.
+        divisor: kept channels are multiples of this where the sizes allow.
+        stacks: names of the block lists that depth cuts; found by themselves where None.
+        seed: of the sampler. Draw number n depends on (seed, n) alone, so all ranks of a parallel run draw alike.
+        criterion: ``criterion(logits, target)``; cross entropy by default.
+
+    Shapes: whatever the model takes and returns.
+
+    Raises:
+        ValueError: an argument is out of range, or the model cannot be sliced; the message names what is wrong.
+    """
+
+    norm_mean: Tensor
+    norm_var: Tensor
+    calibrated: Tensor
+    draws: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Input,
+        *,
+        width: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        depth: Sequence[float] = (1.0,),
+        indices: Sequence[Mapping[str, float]] | None = None,
+        accumulate: int = 4,
+        mode: Literal["sample", "sum"] = "sample",
+        weights: Sequence[float] | None = None,
+        replay: bool = False,
+        always_full: bool = False,
+        norm_stats: Literal["recalibrate", "switchable", "batch_free"] = "recalibrate",
+        calibration_batches: int = 64,
+        dropout: Literal["keep", "scale", "off"] = "keep",
+        exclude: Sequence[str] = (),
+        divisor: int = 1,
+        stacks: Sequence[str] | None = None,
+        seed: int = 0,
+        criterion: Criterion | None = None,
+    ) -> None:
+        super().__init__()
+        _check_shares("width", width)
+        _check_shares("depth", depth)
+        _check_choice("mode", mode, ("sample", "sum"))
+        _check_choice("norm_stats", norm_stats, ("recalibrate", "switchable", "batch_free"))
+        _check_choice("dropout", dropout, ("keep", "scale", "off"))
+        for name, number in (("accumulate", accumulate), ("calibration_batches", calibration_batches)):
+            if number < 1:
+                raise ValueError(f"{name}: {number} is not a positive number")
+        self.width, self.depth = tuple(sorted(set(width))), tuple(sorted(set(depth)))
+        self.accumulate, self.mode, self.replay, self.always_full = accumulate, mode, replay, always_full
+        self.norm_stats, self.calibration_batches, self.dropout = norm_stats, calibration_batches, dropout
+        self.exclude, self.divisor, self.stacks, self.seed = tuple(exclude), divisor, stacks, seed
+        self.criterion = criterion
+        self.indices = None if indices is None else [dict(p) for p in indices]
+        self.example = example
+        self.slicing = Slicing(
+            model, example, width=self.width != (1.0,), exclude=exclude, divisor=divisor, stacks=stacks
+        )
+        self.model = model
+        self._points = self._list_points(indices)
+        self.weights = self._check_weights(weights)
+        self._networks: dict[Point, SubNetwork] = {}
+        for point in self._points:
+            self._networks[point] = self._network(point)
+        self._costs: dict[Point, dict[str, int]] = {}
+        self._make_statistics()
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.active: list[Point] = []  # drawn since the last optimiser step, for ``freeze_inactive``
+        self.point = self._points[-1]
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    def _list_points(self, indices: Sequence[Mapping[str, float]] | None) -> list[Point]:
+        if indices is None:
+            found = [Point(width=float(w), depth=float(d)) for w, d in product(self.width, self.depth)]
+        else:
+            found = [p if isinstance(p, Point) else Point(**p) for p in indices]
+            for p in found:
+                if set(p) != {"width", "depth"} or p["width"] not in self.width or p["depth"] not in self.depth:
+                    raise ValueError(f"indices: {p} must give a width of {self.width} and a depth of {self.depth}")
+            if Point(width=1.0, depth=1.0) not in found:
+                raise ValueError("indices: the full network, width=1.0 depth=1.0, must be among them")
+        # From the smallest to the largest: cost grows with the square of the width and linearly with depth.
+        return sorted(set(found), key=lambda p: (float(p["width"]) ** 2 * float(p["depth"]), float(p["width"])))
+
+    def _check_weights(self, weights: Sequence[float] | None) -> tuple[float, ...] | None:
+        if weights is None:
+            return None
+        if len(weights) != len(self._points) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"weights: expected {len(self._points)} numbers >= 0 that are not all zero, got {list(weights)}"
+            )
+        return tuple(weights)
+
+    def _network(self, point: Point) -> SubNetwork:
+        width, depth = float(point["width"]), float(point["depth"])
+        network = self.slicing.subnetwork(width, depth)
+        if self.dropout != "keep" and (width < 1 or depth < 1):
+            for module in network.skeleton.modules():
+                if isinstance(module, nn.modules.dropout._DropoutNd):
+                    module.p = module.p * width if self.dropout == "scale" else 0.0
+        return network
+
+    def _make_statistics(self) -> None:
+        """One row of means and one of variances for each point; every normalisation layer owns a range of columns."""
+        self._columns: dict[str, tuple[int, int]] = {}
+        columns = 0
+        for name, module in self.model.named_modules():
+            if isinstance(module, _NormBase) and module.running_mean is not None:
+                self._columns[name] = (columns, module.num_features)
+                columns += module.num_features
+        if columns and self.norm_stats == "batch_free":
+            raise ValueError(
+                f"norm_stats: 'batch_free', but {next(iter(self._columns))!r} keeps running statistics; "
+                "use 'recalibrate' or 'switchable'"
+            )
+        device = device_of(self.model)
+        self.register_buffer("norm_mean", torch.zeros(len(self._points), columns, device=device))
+        self.register_buffer("norm_var", torch.ones(len(self._points), columns, device=device))
+        # Only the full network can take over the statistics that the model came with.
+        self.register_buffer("calibrated", torch.tensor([columns == 0] * (len(self._points) - 1) + [True]))
+        for name, (start, size) in self._columns.items():
+            module = self.model.get_submodule(name)
+            assert isinstance(module, _NormBase)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            self.norm_mean[-1, start : start + size] = module.running_mean
+            self.norm_var[-1, start : start + size] = module.running_var
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """All listed indices b, from the smallest to the full network."""
+        return list(self._points)
+
+    def forward(self, x: Input) -> Any:
+        """The model's own output on ``x``, computed by the sub-network in use.
+
+        Raises:
+            RuntimeError: in evaluation mode, the normalisation statistics of this size are stale.
+        """
+        if not self.training:
+            self._check_calibrated(self.point)
+        return self._run(self.point, x)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective of the module's docstring on one batch (a scalar)."""
+        x, y = split_batch(batch)
+        if self.norm_stats == "recalibrate" and self._columns:
+            self.calibrated.fill_(False)
+        if self.mode == "sum":
+            self.active = list(self._points)
+            return torch.stack([self._criterion(out, y) for out in self.all_outputs(x)]).mean()
+        parts = self._parts(x, y)
+        drawn = self.draw(len(parts))
+        self.active += drawn
+        losses = [self._criterion(self._run(b, xj), yj) for b, (xj, yj) in zip(drawn, parts, strict=True)]
+        return torch.stack(losses).mean()
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """The plain, smaller network of ``point`` with its own weights and statistics, in evaluation mode."""
+        known = self._known(point)
+        self._check_calibrated(known)
+        return self._networks[known].extract(self.model, self._statistics(known))
+
+    def finish(self, train: Iterable[Batch]) -> None:
+        """Re-estimate the normalisation statistics of every point on the training data."""
+        if self.norm_stats == "recalibrate" and self._columns:
+            self.calibrate(train, batches=self.calibration_batches)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def draw(self, count: int) -> list[Point]:
+        """The next ``count`` indices b ~ P_B. Draw number n is a function of (seed, n)."""
+        weights = torch.tensor(self.weights or [1.0] * len(self._points), dtype=torch.float64)
+        drawn = []
+        for _ in range(count):
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + int(self.draws))
+            drawn.append(self._points[int(torch.multinomial(weights, 1, generator=generator))])
+            self.draws += 1
+        if self.always_full:
+            drawn[0] = self._points[-1]
+        return drawn
+
+    def _parts(self, x: Input, y: Any) -> list[tuple[Input, Any]]:
+        g = self.accumulate
+        if self.replay or g == 1:
+            return [(x, y)] * g
+        rows = rows_of(x)
+        if rows < g:
+            raise ValueError(f"batch: {rows} rows cannot be parted into accumulate={g} micro-batches")
+        bounds = [rows * i // g for i in range(g + 1)]
+        return [(take(x, slice(a, b)), take(y, slice(a, b))) for a, b in pairwise(bounds)]
+
+    def all_outputs(self, x: Input) -> list[Any]:
+        """The outputs of all points on ``x``, in the order of ``points()``; over depth alone the blocks run once."""
+        if self.width != (1.0,) or len(self.slicing.stacks) != 1 or len(self._points) == 1:
+            return [self._run(point, x) for point in self._points]
+        (name,) = self.slicing.stacks
+        hidden: list[Any] = []
+        chained = True
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            nonlocal chained
+            if hidden:  # does each block take exactly what the one before it gave?
+                last = hidden[-1][0] if isinstance(hidden[-1], tuple) else hidden[-1]
+                chained = chained and bool(args) and args[0] is last
+            hidden.append(output)
+
+        full = self._networks[self._points[-1]].skeleton.get_submodule(name)
+        handles = [block.register_forward_hook(note) for block in full.children()]
+        try:
+            largest = self._run(self._points[-1], x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not chained:
+            return [*(self._run(point, x) for point in self._points[:-1]), largest]
+        return [*(self._run_behind(point, name, hidden, x) for point in self._points[:-1]), largest]
+
+    def _run_behind(self, point: Point, name: str, hidden: Sequence[Any], x: Input) -> Any:
+        """The output at ``point``, whose blocks (the stack ``name``) are replaced by what they returned before."""
+        skeleton = self._networks[point].skeleton
+        path, _, leaf = name.rpartition(".")
+        owner, blocks = skeleton.get_submodule(path), skeleton.get_submodule(name)
+        replayed = _Replay(hidden[len(list(blocks.children())) - 1])
+        setattr(
+            owner, leaf, nn.Sequential(replayed) if isinstance(blocks, nn.Sequential) else nn.ModuleList([replayed])
+        )
+        try:
+            return self._run(point, x)
+        finally:
+            setattr(owner, leaf, blocks)
+
+    def freeze_inactive(self, optimizer: Optimizer) -> None:
+        """From now on steps of ``optimizer`` leave every weight as it is that no sub-network of the step used.
+
+        Momentum, running averages and weight decay move such weights otherwise. Costs a copy of the weights a step.
+        """
+        before: list[tuple[nn.Parameter, Tensor]] = []
+
+        def remember(*_: Any) -> None:
+            before[:] = [(p, p.detach().clone()) for p in self.model.parameters()]
+
+        def restore(*_: Any) -> None:
+            used = self._used()
+            with torch.no_grad():
+                for parameter, old in before:
+                    mask = used[id(parameter)]
+                    parameter.copy_(torch.where(mask, parameter, old))
+            self.active = []
+
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(restore)
+
+    def _used(self) -> dict[int, Tensor]:
+        """For each parameter, which elements belong to one of the active sub-networks."""
+        masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in self.model.named_parameters()}
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for point in set(self.active):
+            network = self._networks[point]
+            for name, _ in network.skeleton.named_parameters(remove_duplicate=False):
+                mask = masks[names[id(self.model.get_parameter(name))]]
+                index: list[Any] = [slice(None)] * mask.ndim
+                region = mask
+                for dim, runs in network.cuts.get(name, {}).items():
+                    index[dim] = torch.cat([torch.arange(a, a + n) for a, n in runs])
+                grids = [torch.arange(s) if isinstance(i, slice) else i for i, s in zip(index, mask.shape, strict=True)]
+                region[torch.meshgrid(*grids, indexing="ij") if grids else ...] = True
+        return {id(p): masks[name] for name, p in self.model.named_parameters()}
+
+    def _criterion(self, output: Any, target: Any) -> Tensor:
+        return (self.criterion or cross_entropy)(logits(output), target)
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _run(self, point: Point, x: Input) -> Any:
+        network = self._networks[point]
+        if network.skeleton.training != self.training:
+            network.skeleton.train(self.training)
+        if self.training and self.norm_stats == "switchable":
+            self.calibrated[self._points.index(point)] = True
+        return network.run(self.model, x, self._statistics(point))
+
+    def _statistics(self, point: Point) -> dict[str, Tensor]:
+        """The normalisation buffers of ``point``: views on its row, which training updates in place."""
+        row, network = self._points.index(point), self._networks[point]
+        found = {}
+        for name, (start, size) in self._columns.items():
+            try:
+                module = network.skeleton.get_submodule(name)
+            except AttributeError:  # a block that this depth leaves out
+                continue
+            live = int(module.num_features)  # type: ignore[arg-type]
+            assert live <= size
+            found[f"{name}.running_mean"] = self.norm_mean[row, start : start + live]
+            found[f"{name}.running_var"] = self.norm_var[row, start : start + live]
+        return found
+
+    # -- normalisation statistics -------------------------------------------------------------------------------
+
+    def _check_calibrated(self, point: Point) -> None:
+        if not bool(self.calibrated[self._points.index(point)]):
+            raise RuntimeError(
+                f"the normalisation statistics of {point} have not been estimated since training; "
+                "call net.finish(train) or net.calibrate(data) first (pliant.fit does so at its end)"
+            )
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        data: Iterable[Any] | Input,
+        *,
+        batches: int = 64,
+        points: Sequence[Mapping[str, Value]] | None = None,
+    ) -> None:
+        """Reset and re-estimate normalisation statistics: the mean over ``batches`` batches of each batch's own.
+
+        Only the normalisation layers are in training mode meanwhile; dropout stays off.
+
+        Raises:
+            ValueError: ``data`` has no batches.
+        """
+        if not self._columns:
+            return
+        device = device_of(self.model)
+        taken = [to_device(x, device) for x, _ in zip(inputs_of(data), range(batches), strict=False)]
+        if not taken:
+            raise ValueError("data: it has no batches to estimate normalisation statistics on")
+        for point in [self._known(p) for p in points] if points is not None else self._points:
+            network, statistics = self._networks[point], self._statistics(point)
+            counters = {f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.int64, device=device)
+                        for name in self._columns if f"{name}.running_mean" in statistics}  # fmt: skip
+            network.skeleton.eval()
+            layers = [network.skeleton.get_submodule(n.rpartition(".")[0]) for n in counters]
+            momenta = [layer.momentum for layer in layers]
+            try:
+                for layer in layers:
+                    layer.train()
+                    layer.momentum = None  # type: ignore[assignment]  # a cumulative mean
+                for x in taken:
+                    network.run(self.model, x, statistics | counters)
+            finally:
+                for layer, momentum in zip(layers, momenta, strict=True):
+                    layer.momentum = momentum
+                    layer.eval()
+            self.calibrated[self._points.index(point)] = True
+
+    # -- choosing -----------------------------------------------------------------------------------------------
+
+    def costs(self) -> dict[Point, dict[str, int]]:
+        """FLOPs per sample (2 per multiply-add) and parameters of every point, counted on one row of the example."""
+        if not self._costs:
+            device = device_of(self.model)
+            x = to_device(take(self.example, slice(0, 1)), device)
+            for point, network in self._networks.items():
+                plain = network.extract(self.model, self._statistics(point))
+                flops = flops_per_sample(plain, x).total
+                self._costs[point] = {"flops": flops, "parameters": count_parameters(plain)}
+        return dict(self._costs)
+
+    def select(self, **budget: float) -> Point:
+        """The largest listed point whose costs stay within ``budget`` (``flops``, ``parameters``); no search.
+
+        Raises:
+            ValueError: an unknown cost, or a budget below the smallest point.
+        """
+        if not budget or set(budget) - {"flops", "parameters"}:
+            raise ValueError(f"budget: give flops= or parameters= or both, got {sorted(budget)}")
+        costs = self.costs()
+        fit = [p for p in self._points if all(costs[p][name] <= limit for name, limit in budget.items())]
+        if not fit:
+            least = {name: min(c[name] for c in costs.values()) for name in budget}
+            raise ValueError(f"budget: nothing fits {budget}; the smallest costs here are {least}")
+        return max(fit, key=lambda p: (costs[p]["flops"], costs[p]["parameters"], self._points.index(p)))
+
+    def extra_repr(self) -> str:
+        """The sizes that the dial offers."""
+        return f"width={self.width}, depth={self.depth}, points={len(self._points)}, at={self.point}"
+
+
+class _Replay(nn.Module):
+    """Returns what the blocks before it returned when they ran once."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def _check_shares(name: str, shares: Sequence[float]) -> None:
+    if not shares or any(not 0 < s <= 1 for s in shares):
+        raise ValueError(f"{name}: {tuple(shares)} must be numbers in (0, 1]")
+    if 1 not in shares:
+        raise ValueError(f"{name}: {tuple(shares)} must contain 1, the full network")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
