@@ -1,0 +1,1 @@
+"""Which weights exist: pruning and sparse training."""

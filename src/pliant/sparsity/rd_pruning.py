@@ -1,0 +1,794 @@
+"""RD-Pruning: efficient joint optimization of layer-adaptive weight pruning. ICCV 2023, arXiv 2308.10438.
+
+Prune one layer alone by magnitude and the output of the network moves a little; prune many, and the squared movements
+*add up*, nearly. So measure for each layer one curve (weights removed -> movement of the output), then choose how much
+to remove from each by solving a knapsack exactly. No gradients and no labels; random inputs will do.
+
+Symbols: W_l the weight of layer l = 1..L with N_l entries, N their sum; f(x) in R^C the logits; S the sparsity wanted.
+
+Curve (``distortion_curves``), on n calibration inputs, evaluation mode, option j removes the k_lj smallest |w|::
+
+    Y      = f(X)                                                                   (n, C)
+    d_l(j) = reduce_x mean_c (Y[x, c] - f_{W_l <- prune(W_l, k_lj)}(X)[x, c])^2      reduce: mean, or max (worst case)
+
+Problem (``allocate``)::
+
+    min  sum_l d_l(j_l)    subject to    sum_l kap_l(j_l) >= B
+
+    G[0][0] = 0, G[0][s > 0] = inf
+    G[l][s] = min_j d_l(j) + G[l-1][max(0, s - kap_l(j))]      s = 0..B      float64, O(L B P) time, O(L B) memory
+    j_L = argmin at s = B, then s <- max(0, s - kap_L(j_L)), and so on down to layer 1
+
+with kap = floor(cost / q) and B = ceil(target / q), so that rounding to the quantum q is on the safe side.
+
+One shot: curves, allocation, masks, fine-tuning with the masks fixed. Iterative: the same again and again, each time on
+the network as pruned and fine-tuned so far, with masks that only grow.
+
+Where the specification is silent or wrong:
+
+- The target is ceil(S N), not round(S N): rounding can fall short of S by half a weight.
+- "Feasible and tight" (overshoot within one grid step) holds for curves that never fall. Where a curve falls, the best
+  answer of the at-least problem may remove more than asked, because more is cheaper.
+- k_lj = floor(j N_l / P) in whole numbers. int(phi_j N_l) in floating point loses one (int(0.29 * 100) is 28).
+- With the largest share of a layer capped, the cap itself is on the menu too; without it a grid of hundredths could
+  never go beyond 99 %, whatever the cap. In later rounds so is the number that is masked already.
+- With q > 1 a target near the most that the menu offers can be lost by rounding; everything at its most is the answer.
+- A zero stays zero because of the mask. Optimiser state of a masked entry fed by earlier gradients dies out by itself
+  (its gradient is zero from then on) and moves a number that no one uses.
+- Each sparsity keeps the values of its kept entries themselves (and its masks at one bit a weight), not differences
+  from the dense ones: in floating point dense + (value - dense) is not always the value.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pliant.core import masks
+from pliant.core.dynamic import Dynamic, Point, Value
+from pliant.core.inputs import (
+    Batch,
+    Criterion,
+    Input,
+    call,
+    check_example,
+    cross_entropy,
+    device_of,
+    evaluating,
+    first_tensor,
+    inputs_of,
+    logits,
+    map_tensors,
+    rows_of,
+    split_batch,
+    to_device,
+)
+
+Mode = Literal["iterative", "oneshot"]
+Reduce = Literal["mean", "max"]
+Reference = Literal["current", "dense"]
+Cost = Literal["parameters", "macs"]
+Allocation = Literal["rd", "lamp", "erk", "uniform", "global"]
+DENSE = Point(sparsity=0.0)
+_NOISE_ROWS = 128
+
+
+# -- the curves -----------------------------------------------------------------------------------------------------
+
+
+def menu(numel: int, points: int | str = 100, most: float = 0.999, least: int = 0) -> list[int]:
+    """The numbers of zeros that a layer of ``numel`` weights may have: ascending, from ``least`` to the cap.
+
+    Args:
+        numel: N_l.
+        points: P for the shares j / P, j = 0..P; or ``"geometric"``: 18 steps of 5 % up to 90 %, then 16 steps in which
+            the share that is *kept* shrinks by a constant factor, down to the cap (fine near 1, where P = 100 is not).
+        most: the largest share that may go. Below 1 at least one weight stays.
+        least: what is masked already.
+    """
+    cap = max(least, min(numel, int(most * numel)))
+    if isinstance(points, str):
+        last = max(1.0 - cap / numel, 1.0 / numel)
+        kept = [0.1 * (last / 0.1) ** (j / 16) for j in range(1, 17)] if last < 0.1 else []
+        grid = [j * numel // 20 for j in range(19)] + [int(numel * (1.0 - k)) for k in kept]
+    else:
+        grid = [j * numel // points for j in range(points + 1)]
+    return sorted({k for k in grid if least <= k <= cap} | {least, cap})
+
+
+@torch.no_grad()
+def distortion_curves(
+    model: nn.Module,
+    weights: Sequence[masks.Weight],
+    zeros: Sequence[Sequence[int]],
+    data: Sequence[Input],
+    *,
+    reduce: Reduce = "mean",
+    reference: Sequence[Tensor] | None = None,
+) -> list[list[float]]:
+    """d_l(j) for every layer l and every ascending number of zeros ``zeros[l][j]``; the model is left as it was.
+
+    Args:
+        model: the network; evaluated in evaluation mode.
+        weights: the prunable weights, masked or not.
+        zeros: for each weight the numbers of smallest entries to remove, masked ones counted first.
+        data: calibration inputs.
+        reduce: the mean over the samples, which is what adds up over layers, or their maximum.
+        reference: Y for each input; the network's own present output by default, so that d_l(0) is exactly 0.
+
+    Raises:
+        ValueError: the output contains NaN or infinity.
+    """
+    with evaluating(model):
+        target = outputs(model, data) if reference is None else list(reference)
+        start = _distortion(model, data, target, reduce)
+        curves = []
+        for weight, counts in zip(weights, zeros, strict=True):
+            saved = weight.parameter.detach().clone()
+            flat = weight.value().flatten().clone()
+            order = masks.magnitude_order(weight.value(), weight.kept)
+            curve, before, value = [], 0, start
+            try:
+                for k in counts:
+                    gone = order[before:k]
+                    if torch.count_nonzero(flat[gone]):  # otherwise the network, and so its output, is the same
+                        flat[gone] = 0.0
+                        weight.parameter.copy_(flat.view(saved.shape))
+                        value = _distortion(model, data, target, reduce)
+                    curve.append(value)
+                    before = k
+            finally:
+                weight.parameter.copy_(saved)
+            curves.append(curve)
+    return curves
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, data: Sequence[Input]) -> list[Tensor]:
+    """The logits for each calibration input, in evaluation mode."""
+    with evaluating(model):
+        found = [logits(call(model, x)).detach().clone() for x in data]
+    if not all(bool(torch.isfinite(y).all()) for y in found):
+        raise ValueError("calibration: the model's output on it contains NaN or infinity")
+    return found
+
+
+def _distortion(model: nn.Module, data: Sequence[Input], target: Sequence[Tensor], reduce: Reduce) -> float:
+    """reduce_x mean_c (target - output)^2; single samples in the output's precision, their sum in float64."""
+    moved = [(y - logits(call(model, x))).square().flatten(1).mean(1) for x, y in zip(data, target, strict=True)]
+    each = torch.cat(moved).double()
+    value = float(each.mean() if reduce == "mean" else each.max())
+    if not math.isfinite(value):
+        raise ValueError("model: pruned, its output contains NaN or infinity")
+    return value
+
+
+# -- the dynamic programme ------------------------------------------------------------------------------------------
+
+
+def allocate(
+    curves: Sequence[Sequence[float]],
+    costs: Sequence[Sequence[int]],
+    target: int,
+    *,
+    quantum: int | None = None,
+) -> list[int]:
+    """The option of each layer that minimises the sum of the curves with costs of ``target`` at least: exact.
+
+    The costs may be anything that adds up: weights removed, multiply-adds saved, bytes, microseconds.
+
+    Args:
+        curves: ``curves[l][j]`` >= 0, the loss of option j of layer l; they need not be monotone.
+        costs: ``costs[l][j]`` >= 0, what that option saves, whole numbers.
+        target: what must be saved.
+        quantum: the unit q of the table; 1 up to 200,000 in all, else such that the table has 20,000 columns or so.
+            Costs are rounded down to it and the target up, so the answer always saves ``target``.
+
+    Returns:
+        The index j_l of each layer; among equals the one that saves least.
+
+    Raises:
+        ValueError: shapes differ, a number is negative or not finite, or no choice saves ``target``.
+    """
+    if not curves or len(curves) != len(costs):
+        raise ValueError(f"costs: {len(costs)} layers against {len(curves)} curves; both need the same, one at least")
+    for layer, (curve, cost) in enumerate(zip(curves, costs, strict=True)):
+        if not curve or len(curve) != len(cost):
+            raise ValueError(f"costs: layer {layer} has {len(cost)} options and a curve of {len(curve)}")
+        if not all(math.isfinite(d) and d >= 0.0 for d in curve):
+            raise ValueError(f"curves: layer {layer} has a value that is negative or not finite")
+        if min(cost) < 0:
+            raise ValueError(f"costs: layer {layer} has a negative cost {min(cost)}")
+    total = sum(max(cost) for cost in costs)
+    if target > total:
+        raise ValueError(f"target: {target} cannot be reached; the largest options of all layers together save {total}")
+    q = quantum if quantum is not None else 1 if total <= 200_000 else math.ceil(total / 20_000)
+    if q < 1:
+        raise ValueError(f"quantum: {q} is below 1")
+    budget = max(0, math.ceil(target / q))
+    if sum(max(cost) // q for cost in costs) < budget:
+        return [max(range(len(cost)), key=lambda j, c=cost: (c[j], -j)) for cost in costs]  # type: ignore[misc]
+
+    best: NDArray[np.float64] = np.full(budget + 1, np.inf)  # G[0]
+    best[0] = 0.0
+    choices: list[NDArray[np.int32]] = []  # J[l][s]
+    for curve, cost in zip(curves, costs, strict=True):
+        now = np.full(budget + 1, np.inf)
+        choice = np.zeros(budget + 1, np.int32)
+        candidate = np.empty(budget + 1)
+        for j in sorted(range(len(cost)), key=lambda i, c=cost: c[i]):  # type: ignore[misc]  # ties: the least comes first
+            kap = min(cost[j] // q, budget)
+            candidate[:kap] = best[0]
+            candidate[kap:] = best[: budget + 1 - kap]
+            candidate += curve[j]
+            better = candidate < now
+            np.copyto(now, candidate, where=better)
+            choice[better] = j
+        best = now
+        choices.append(choice)
+
+    found: list[int] = []
+    left = budget
+    for choice, cost in zip(reversed(choices), reversed(costs), strict=True):
+        j = int(choice[left])
+        found.append(j)
+        left = max(0, left - cost[j] // q)
+    return found[::-1]
+
+
+def rounds(step: float, to: float) -> tuple[float, ...]:
+    """The paper's schedule S_t = 1 - (1 - a)^t for a = ``step``, t = 1, 2, ... up to the first S_t >= ``to``.
+
+    Raises:
+        ValueError: ``step`` or ``to`` is outside (0, 1).
+    """
+    for name, value in (("step", step), ("to", to)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"{name}: {value} is not in (0, 1)")
+    found: list[float] = []
+    while not found or found[-1] < to - 1e-9:
+        found.append(round(1.0 - (1.0 - step) ** (len(found) + 1), 12))
+    return tuple(found)
+
+
+# -- what was planned -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Measured curves, by layer name: ``distortion[name][j]`` of removing ``zeros[name][j]`` weights at ``source``."""
+
+    zeros: dict[str, tuple[int, ...]]
+    distortion: dict[str, tuple[float, ...]]
+    source: Point
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many weights each layer loses.
+
+    ``predicted`` is the sum of the curves there, NaN for an allocation that measures none. ``achieved`` is the share of
+    the cost (of weights, or of multiply-adds) that really goes, ``source`` the setting that the plan was made at.
+    """
+
+    sparsity: float
+    zeros: dict[str, int]
+    per_layer: dict[str, float]
+    achieved: float
+    predicted: float
+    source: Point
+    curves: Curves | None = None
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """How far the additive prediction holds: the joint distortion ``measured``, and its ``ratio`` to ``predicted``."""
+
+    predicted: float
+    measured: float
+    ratio: float
+
+
+class _Stored(nn.Module):
+    """What one setting owns, as buffers: packed masks, values at kept entries, and every other saved tensor."""
+
+    def __init__(self, weights: Sequence[Tensor], zeros: Sequence[int], rest: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.zeros = list(zeros)
+        for i, (w, k) in enumerate(zip(weights, zeros, strict=True)):
+            bits = -(-w.numel() // 8) if k else 0  # nothing is masked: no mask is stored
+            self.register_buffer(f"bits{i}", torch.zeros(bits, dtype=torch.uint8, device=w.device))
+            self.register_buffer(f"values{i}", w.new_zeros(w.numel() - k))
+        for i, tensor in enumerate(rest):
+            self.register_buffer(f"rest{i}", torch.zeros_like(tensor))
+
+    def write(self, weights: Sequence[masks.Weight], rest: Sequence[Tensor]) -> None:
+        for i, w in enumerate(weights):
+            kept = cast(Tensor, w.kept)
+            if self.zeros[i]:
+                self.get_buffer(f"bits{i}").copy_(masks.pack_bits(kept))
+            self.get_buffer(f"values{i}").copy_(w.parameter.detach()[kept])
+        for i, tensor in enumerate(rest):
+            self.get_buffer(f"rest{i}").copy_(tensor.detach())
+
+    def read(self, weights: Sequence[masks.Weight], rest: Sequence[Tensor]) -> None:
+        for i, w in enumerate(weights):
+            kept = cast(Tensor, w.kept)
+            if self.zeros[i]:
+                kept.copy_(masks.unpack_bits(self.get_buffer(f"bits{i}"), kept.shape))
+            else:
+                kept.fill_(True)
+            w.parameter.masked_fill_(~kept, 0.0)
+            w.parameter[kept] = self.get_buffer(f"values{i}")
+        for i, tensor in enumerate(rest):
+            tensor.copy_(self.get_buffer(f"rest{i}"))
+
+
+# -- the method -----------------------------------------------------------------------------------------------------
+
+
+class RDPruning(Dynamic):
+    """A trained network whose dial is its sparsity; each setting has its own masks and its own fine-tuned values.
+
+    The dial is ``Point(sparsity=s)`` for every s, and ``Point(sparsity=0.0)``, the dense network. Sparsity is the share
+    of zeros among the Conv and Linear weights chosen by ``include`` and ``exclude`` (with ``cost="macs"``, the share of
+    their multiply-adds that is gone). ``use`` exchanges the values and masks in the parameters, which stay the same
+    objects; the setting that is left is stored first, so nothing that was trained is lost.
+
+    ``fit`` has one phase for each sparsity, in ascending order: plan and mask, then fine-tune with the masks fixed.
+    Without training, ``prune()`` masks every setting from measured curves alone, and a setting that was never made is
+    made so when it is first used.
+
+    Args:
+        model: the trained network; it is wrapped, not copied, and its weights get masks.
+        example: an input it accepts.
+        sparsity: the sparsities on the dial, each in (0, 1).
+        mode: "iterative": every phase starts from the one before, masks only grow. "oneshot": each from the dense one.
+        points: P of the grid of shares j / P, or "geometric", which is fine near 1.
+        reduce: "mean" of the output's movement over the calibration samples, or "max", which does not add up.
+        reference: movement away from the "current" network's output, or from the "dense" one's.
+        calibration: a tensor or batches; the example where it is None; "noise" for N(0, 1) in the example's shape.
+        max_layer_sparsity: the largest share that ``allocation="rd"`` may remove from one layer.
+        cost: what the sparsity is a share of: "parameters" or "macs".
+        allocation: "rd", or one of the opponents: "lamp", "erk", "uniform", "global".
+        include: patterns of layer names that may be pruned.
+        exclude: patterns of layer names that may not.
+        warmup: share of ``fit`` that trains the dense network first, for a network that is not trained yet.
+        criterion: ``criterion(logits, target)``; cross entropy where it is None.
+
+    Raises:
+        ValueError: an argument is outside what is allowed, the calibration data is empty or gives NaN, the model has no
+            prunable layer, or a sparsity cannot be reached under ``max_layer_sparsity``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Input,
+        *,
+        sparsity: float | Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+        mode: Mode = "iterative",
+        points: int | Literal["geometric"] = 100,
+        reduce: Reduce = "mean",
+        reference: Reference = "current",
+        calibration: Any = None,
+        max_layer_sparsity: float = 0.999,
+        cost: Cost = "parameters",
+        allocation: Allocation = "rd",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        warmup: float = 0.0,
+        criterion: Criterion | None = None,
+    ) -> None:
+        super().__init__()
+        self.point = DENSE
+        self.phase = 0  # of a training under way: 0 none or the dense one, t the t-th sparsity
+        check_example(model, example)
+        for name, value, kinds in (
+            ("mode", mode, Mode),
+            ("reduce", reduce, Reduce),
+            ("reference", reference, Reference),
+            ("cost", cost, Cost),
+            ("allocation", allocation, Allocation),
+        ):
+            if value not in get_args(kinds):
+                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, get_args(kinds)))}")
+        if points != "geometric" and (isinstance(points, bool) or not isinstance(points, int) or points < 1):
+            raise ValueError(f"points: {points!r}; allowed: a whole number of 1 or more, or 'geometric'")
+        if not 0.0 < max_layer_sparsity <= 1.0:
+            raise ValueError(f"max_layer_sparsity: {max_layer_sparsity} is not in (0, 1]")
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"warmup: {warmup} is not in [0, 1)")
+        if cost == "macs" and allocation != "rd":
+            raise ValueError(f"cost: 'macs' needs allocation='rd'; {allocation!r} counts parameters")
+        self.sparsity = _sparsities(sparsity)
+        self.mode, self.points_grid, self.reduce, self.reference = mode, points, reduce, reference
+        self.max_layer_sparsity, self.cost, self.allocation = max_layer_sparsity, cost, allocation
+        self.include, self.exclude, self.warmup = tuple(include), tuple(exclude), warmup
+        self.example, self.calibration, self.criterion = example, calibration, criterion
+        self._data = _calibration(calibration, example)
+
+        weights = masks.prunable(model, include, exclude)
+        uses = masks.multiply_adds(model, weights, example)
+        if unreached := [w.name for w, n in zip(weights, uses, strict=True) if not n]:
+            warnings.warn(
+                f"model: its forward never calls {', '.join(map(repr, unreached))}; left out of pruning", stacklevel=2
+            )
+        self._weights = [w for w, n in zip(weights, uses, strict=True) if n]
+        if not self._weights:
+            raise ValueError("model: its forward calls none of the prunable layers as a module")
+        self._units = [n if cost == "macs" else 1 for n in uses if n]
+        self._check_reachable()
+
+        self.model = model
+        for weight in self._weights:
+            masks.attach(weight)
+        seen = {id(w.parameter) for w in self._weights} | {id(w.kept) for w in self._weights}
+        self._rest: list[str] = []  # names of what a setting owns besides its masked weights, tied tensors once
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen and not name.endswith("_extra_state"):
+                seen.add(id(tensor))
+                self._rest.append(name)
+        self.stored = nn.ModuleDict()  # by position on the dial, "0" the dense network
+        self.plans: dict[Point, Plan] = {}
+
+    # -- the contract ---------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The network at the present sparsity."""
+        return self.model(*args, **kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The criterion at the present sparsity; the gradient of a masked weight is exactly zero."""
+        x, target = split_batch(batch)
+        criterion = self.criterion if self.criterion is not None else cross_entropy
+        return criterion(logits(call(self.model, x)), target)
+
+    def points(self) -> list[Point]:
+        """The sparsities from the highest to the dense network."""
+        return [Point(sparsity=s) for s in reversed(self.sparsity)] + [DENSE]
+
+    def use(self, point: Mapping[str, Value]) -> Self:
+        """Turn the dial: store the values in use, put those of ``point`` into the same parameters.
+
+        A sparsity that was neither trained nor pruned yet is pruned here, one shot from the dense network.
+        """
+        wanted = self._known(point)
+        if wanted != self.point:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._index(wanted) and str(self._index(wanted)) not in self.stored:
+                    self._prune_missing()
+                self._go(wanted)
+        return self
+
+    def extract(self, point: Mapping[str, Value], sparse: bool = False, min_sparsity: float = 0.85) -> nn.Module:
+        """The plain network of ``point``, its zeros permanent.
+
+        Args:
+            point: one of ``points()``.
+            sparse: store the linear layers of ``min_sparsity`` zeros or more sparsely where that is faster here; the
+                network then has an attribute ``layouts``, which says for each layer what was chosen and why.
+            min_sparsity: see ``core.masks.compile_sparse``.
+        """
+        with self._at(point):
+            plain = masks.bake(copy.deepcopy(self.model)).eval()
+        if sparse:
+            example = to_device(self.example, device_of(plain))
+            plain.layouts = masks.compile_sparse(plain, min_sparsity, example)  # type: ignore[assignment]
+        return plain
+
+    def schedule(self, progress: float) -> None:
+        """One phase for each sparsity, ascending; every phase begins with a plan and ends stored.
+
+        A progress that falls back behind the present phase begins a new training from the dense network.
+        """
+        last = len(self.sparsity)
+        if progress >= 1.0:
+            wanted = last
+        elif progress < self.warmup:
+            wanted = 0
+        else:
+            done = (progress - self.warmup) / (1.0 - self.warmup)
+            wanted = min(last, 1 + int(done * last + 1e-9))
+        if wanted < self.phase:
+            self.phase = 0
+        if wanted == 0:
+            self.use(DENSE)
+        while self.phase < wanted:  # one at a time: a training of few steps still makes every setting
+            self._begin(self.phase + 1)
+            self.phase += 1
+        if self.phase:
+            self.use(self._points[self.phase])
+        if progress >= 1.0:
+            with torch.no_grad():
+                self._store()
+            self.phase = 0
+
+    # -- planning -------------------------------------------------------------------------------------------------
+
+    def plan(self, sparsity: float, curves: Curves | None = None) -> Plan:
+        """How many weights each layer loses for a total share of ``sparsity`` in [0, 1); nothing is changed.
+
+        It starts from the setting in use where ``mode`` is "iterative" and that setting is less sparse than wanted,
+        otherwise from the dense network. ``curves`` of an earlier plan from there spare the
+        measurement.
+
+        Raises:
+            ValueError: ``sparsity`` is outside [0, 1), or out of reach under ``max_layer_sparsity``.
+        """
+        masks.target_count(sparsity, 1)  # the check of its range
+        here = self.mode == "iterative" and float(self.point["sparsity"]) < sparsity
+        with self._at(self.point if here else DENSE):
+            return self._plan(sparsity, curves)
+
+    def verify(self, plan: Plan) -> Additivity:
+        """Prune all layers together as ``plan`` says, measure, and compare with the sum of the curves."""
+        with self._at(plan.source), evaluating(self.model), torch.no_grad():
+            data = self._inputs()
+            target = self._target(data)
+            saved = [w.parameter.detach().clone() for w in self._weights]
+            try:
+                for w in self._weights:
+                    kept = masks.magnitude_mask(w.value(), plan.zeros[w.name], w.kept)
+                    w.parameter.copy_(w.value().masked_fill(~kept, 0.0))
+                measured = _distortion(self.model, data, target, self.reduce)
+            finally:
+                for w, values in zip(self._weights, saved, strict=True):
+                    w.parameter.copy_(values)
+        if plan.predicted:
+            ratio = measured / plan.predicted
+        else:
+            ratio = 1.0 if measured == 0.0 else math.inf
+        return Additivity(plan.predicted, measured, ratio)
+
+    def prune(self, to: float | Plan | None = None) -> Self:
+        """Mask without training: one setting, and turn the dial to it; or all, and leave the dial where it is.
+
+        Args:
+            to: a sparsity on the dial, or a plan for one; every sparsity by default.
+
+        Raises:
+            ValueError: the sparsity is not on the dial, or the plan is for another network.
+        """
+        if to is None:
+            before, curves = self.point, None
+            for index in range(1, len(self.sparsity) + 1):
+                curves = self._begin(index, curves)
+            return self.use(before)
+        if isinstance(to, Plan):
+            return self._carry_out(to)
+        return self._carry_out(self.plan(float(self._known(Point(sparsity=float(to)))["sparsity"])))
+
+    # -- what ``save`` writes -------------------------------------------------------------------------------------
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON values; ``points`` is a method, so its argument is kept elsewhere."""
+        return super().config() | {"points": self.points_grid}
+
+    def structure(self) -> dict[str, Any]:
+        """The setting in use, the phase of a training that is under way, and the zeros of every setting made so far."""
+        return {
+            "sparsity": float(self.point["sparsity"]),
+            "phase": self.phase,
+            "stored": {key: list(cast(_Stored, slot).zeros) for key, slot in self.stored.items()},
+            "plans": [
+                {
+                    "sparsity": p.sparsity,
+                    "zeros": p.zeros,
+                    "achieved": p.achieved,
+                    "predicted": None if math.isnan(p.predicted) else p.predicted,
+                    "source": float(p.source["sparsity"]),
+                }
+                for p in self.plans.values()
+            ],
+        }
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        """Make room for the tensors of a network with this ``structure``. Curves are not kept; plans are."""
+        stored = structure["stored"]
+        for key, zeros in stored.items():
+            if len(zeros) != len(self._weights) or not 0 <= int(key) <= len(self.sparsity):
+                raise ValueError(f"structure: setting {key} has {len(zeros)} layers, the network {len(self._weights)}")
+        self.stored = nn.ModuleDict({key: self._empty(zeros) for key, zeros in stored.items()})
+        self.plans = {}
+        for p in structure["plans"]:
+            self.plans[Point(sparsity=p["sparsity"])] = Plan(
+                p["sparsity"],
+                dict(p["zeros"]),
+                {w.name: p["zeros"][w.name] / w.parameter.numel() for w in self._weights},
+                p["achieved"],
+                math.nan if p["predicted"] is None else p["predicted"],
+                Point(sparsity=p["source"]),
+            )
+        self.phase = structure["phase"]
+        self.point = self._known(Point(sparsity=structure["sparsity"]))
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _points(self) -> list[Point]:
+        return self.points()[::-1]
+
+    def _index(self, point: Point) -> int:
+        return self._points.index(point)
+
+    def _check_reachable(self) -> None:
+        if self.allocation != "rd":
+            return
+        sizes = [w.parameter.numel() for w in self._weights]
+        total = sum(n * u for n, u in zip(sizes, self._units, strict=True))
+        most = sum(int(self.max_layer_sparsity * n) * u for n, u in zip(sizes, self._units, strict=True))
+        if masks.target_count(self.sparsity[-1], total) > most:
+            raise ValueError(
+                f"sparsity: {self.sparsity[-1]} is out of reach with max_layer_sparsity={self.max_layer_sparsity}; "
+                f"at most {most / total:.6g} can go"
+            )
+
+    @contextmanager
+    def _at(self, point: Mapping[str, Value]) -> Iterator[None]:
+        before = self.point
+        self.use(point)
+        try:
+            yield
+        finally:
+            self.use(before)
+
+    def _other(self) -> list[Tensor]:
+        """Every saved tensor that is no masked weight: biases, norms and their statistics."""
+        return [_tensor(self.model, name) for name in self._rest]
+
+    def _empty(self, zeros: Sequence[int]) -> _Stored:
+        return _Stored([w.parameter for w in self._weights], zeros, self._other())
+
+    def _store(self) -> None:
+        """Write the values in use to their setting."""
+        key = str(self._index(self.point))
+        if key not in self.stored:  # only the dense network is first stored here; the others get a slot with their mask
+            self.stored[key] = self._empty([0] * len(self._weights))
+        cast(_Stored, self.stored[key]).write(self._weights, self._other())
+
+    def _go(self, point: Point) -> None:
+        if point != self.point:
+            self._store()
+            cast(_Stored, self.stored[str(self._index(point))]).read(self._weights, self._other())
+            self.point = point
+
+    def _carry_out(self, plan: Plan) -> Self:
+        """Make the setting of ``plan`` out of the plan's source, and turn the dial to it."""
+        point = self._known(Point(sparsity=plan.sparsity))
+        if set(plan.zeros) != {w.name for w in self._weights}:
+            raise ValueError(f"plan: it is for the layers {list(plan.zeros)}, this network prunes others")
+        self.use(plan.source)
+        if point == DENSE:
+            return self
+        with torch.inference_mode(False), torch.no_grad():
+            self._store()
+            for w in self._weights:
+                masks.set_mask(w, masks.magnitude_mask(w.value(), plan.zeros[w.name], w.kept))
+            self.point = point
+            self.plans[point] = plan
+            self.stored[str(self._index(point))] = self._empty([plan.zeros[w.name] for w in self._weights])
+            self._store()
+        return self
+
+    def _begin(self, index: int, curves: Curves | None = None) -> Curves | None:
+        """Make setting ``index`` as a phase does; returns the curves where the next one can use them again."""
+        self.use(self._points[index - 1] if self.mode == "iterative" else DENSE)
+        with torch.inference_mode(False):
+            plan = self._plan(self.sparsity[index - 1], curves)
+            self._carry_out(plan)
+        return plan.curves if self.mode == "oneshot" else None
+
+    def _prune_missing(self) -> None:
+        before, curves = self.point, None
+        for index, s in enumerate(self.sparsity, 1):
+            if str(index) not in self.stored:
+                self._go(DENSE)
+                plan = self._plan(s, curves)
+                self._carry_out(plan)
+                curves = plan.curves
+        self._go(before)
+
+    def _inputs(self) -> list[Input]:
+        return [to_device(x, device_of(self.model)) for x in self._data]
+
+    def _target(self, data: Sequence[Input]) -> list[Tensor]:
+        with self._at(self.point if self.reference == "current" else DENSE):
+            return outputs(self.model, data)
+
+    def _plan(self, sparsity: float, curves: Curves | None) -> Plan:
+        """A plan from the setting in use."""
+        sizes = [w.parameter.numel() for w in self._weights]
+        total = sum(n * u for n, u in zip(sizes, self._units, strict=True))
+        target = masks.target_count(sparsity, total)
+        names = [w.name for w in self._weights]
+        if self.allocation == "rd":
+            if curves is None:
+                curves = self._measure()
+            elif curves.source != self.point or list(curves.zeros) != names:
+                raise ValueError(f"curves: measured at {curves.source} on other ground than the plan's, {self.point}")
+            options = [curves.zeros[n] for n in names]
+            values = [curves.distortion[n] for n in names]
+            costs = [[k * u for k in ks] for ks, u in zip(options, self._units, strict=True)]
+            chosen = allocate(values, costs, target)
+            zeros = [ks[j] for ks, j in zip(options, chosen, strict=True)]
+            predicted = math.fsum(d[j] for d, j in zip(values, chosen, strict=True))
+        else:
+            kept = [w.kept for w in self._weights]
+            zeros = masks.ALLOCATORS[self.allocation]([w.value() for w in self._weights], target, kept)
+            curves, predicted = None, math.nan
+        return Plan(
+            sparsity=sparsity,
+            zeros=dict(zip(names, zeros, strict=True)),
+            per_layer={n: k / size for n, k, size in zip(names, zeros, sizes, strict=True)},
+            achieved=sum(k * u for k, u in zip(zeros, self._units, strict=True)) / total,
+            predicted=predicted,
+            source=self.point,
+            curves=curves,
+        )
+
+    def _measure(self) -> Curves:
+        options = []
+        for w in self._weights:
+            masked = int((~cast(Tensor, w.kept)).sum())
+            options.append(menu(w.parameter.numel(), self.points_grid, self.max_layer_sparsity, masked))
+        data = self._inputs()
+        found = distortion_curves(
+            self.model, self._weights, options, data, reduce=self.reduce, reference=self._target(data)
+        )
+        names = [w.name for w in self._weights]
+        return Curves(
+            {n: tuple(ks) for n, ks in zip(names, options, strict=True)},
+            {n: tuple(d) for n, d in zip(names, found, strict=True)},
+            self.point,
+        )
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"sparsity={self.sparsity}, mode={self.mode!r}, allocation={self.allocation!r}, at {self.point}"
+
+
+def _sparsities(sparsity: float | Sequence[float]) -> tuple[float, ...]:
+    found = tuple(sorted(float(s) for s in (sparsity if isinstance(sparsity, Sequence) else (sparsity,))))
+    if not found:
+        raise ValueError("sparsity: it is empty; give one share in (0, 1) at least")
+    for s in found:
+        if not 0.0 < s < 1.0:
+            raise ValueError(f"sparsity: {s} is not in (0, 1); the dense network is always on the dial")
+    if len(set(found)) < len(found):
+        raise ValueError(f"sparsity: {list(found)} holds a value twice")
+    return found
+
+
+def _calibration(calibration: Any, example: Input) -> list[Input]:
+    """Fixed calibration inputs: read once, so that every point of every curve sees the same ones."""
+    if calibration is None:
+        return [example]
+    if isinstance(calibration, str):
+        if calibration != "noise":
+            raise ValueError(f"calibration: {calibration!r}; allowed: a tensor, batches, None, or 'noise'")
+        if not first_tensor(example).is_floating_point():
+            raise ValueError("calibration: 'noise' needs an example of real numbers, this one holds whole numbers")
+        rng = torch.Generator().manual_seed(0)
+        rows = max(_NOISE_ROWS, rows_of(example))
+        return [map_tensors(example, lambda t: torch.randn(rows, *t.shape[1:], generator=rng).to(t))]
+    found = list(inputs_of(calibration))
+    if not any(rows_of(x) for x in found):
+        raise ValueError("calibration: it holds no inputs; give one sample at least")
+    return [x for x in found if rows_of(x)]
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    parent, _, last = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(parent), last)
+    return found

@@ -1,0 +1,344 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+
+from pliant.core import masks
+from pliant.core.cost import flops_per_sample
+
+torch.set_num_threads(1)
+
+
+def cnn(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, 2, 1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, 1, 1, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 12),
+        nn.ReLU(),
+        nn.Linear(12, 5),
+    )
+
+
+# few distinct values, so that ties and zeros are common
+tied = st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5]), min_size=1, max_size=24).map(torch.tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tied)
+def test_masks_have_the_exact_count_keep_the_largest_and_nest(w: torch.Tensor) -> None:
+    before = torch.ones_like(w, dtype=torch.bool)
+    for k in range(len(w) + 1):
+        kept = masks.magnitude_mask(w, k)
+        assert int((~kept).sum()) == k
+        assert not (kept & ~before).any()  # what was gone stays gone
+        if 0 < k < len(w):
+            assert w[kept].abs().min() >= w[~kept].abs().max()
+        expected = sorted(range(len(w)), key=lambda i: (abs(float(w[i])), i))[:k]
+        assert sorted((~kept).nonzero().flatten().tolist()) == sorted(expected)  # ties go by flat index
+        before = kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(tied, st.data())
+def test_masked_entries_go_first_even_before_other_zeros(w: torch.Tensor, data: st.DataObject) -> None:
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(w), max_size=len(w))))
+    gone = int((~kept).sum())
+    k = data.draw(st.integers(gone, len(w)))
+    again = masks.magnitude_mask(w * kept, k, kept)
+    assert not (again & ~kept).any()
+    assert int((~again).sum()) == k
+
+
+@pytest.mark.parametrize("zeros", [-1, 7])
+def test_mask_count_out_of_range(zeros: int) -> None:
+    with pytest.raises(ValueError, match=rf"zeros: {zeros} .* 0\.\.6"):
+        masks.magnitude_mask(torch.ones(2, 3), zeros)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.booleans(), min_size=0, max_size=40))
+def test_bits_round_trip(bits: list[bool]) -> None:
+    mask = torch.tensor(bits, dtype=torch.bool)
+    packed = masks.pack_bits(mask)
+    assert packed.dtype == torch.uint8
+    assert len(packed) == math.ceil(len(bits) / 8)
+    assert torch.equal(masks.unpack_bits(packed, mask.shape), mask)
+
+
+def test_target_count_is_never_below_the_share() -> None:
+    assert masks.target_count(0.07, 100) == 7  # 0.07 * 100 is 7.000000000000001
+    assert masks.target_count(0.5, 3) == 2
+    assert masks.target_count(0.0, 9) == 0
+    for bad in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="sparsity"):
+            masks.target_count(bad, 10)
+
+
+def weights(seed: int = 0) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=rng) * c for s, c in (((4, 1, 3, 3), 1.0), ((6, 2, 3, 3), 0.1), ((12, 96), 0.5))]
+
+
+@pytest.mark.parametrize("name", masks.ALLOCATORS)
+def test_allocators_meet_the_target_exactly_and_grow_with_it(name: str) -> None:
+    ws = weights()
+    total = sum(w.numel() for w in ws)
+    kept: list[torch.Tensor | None] = [None] * 3
+    before = [0] * 3
+    for target in (0, 1, 37, 500, 900, 1200, total):
+        zeros = masks.ALLOCATORS[name](ws, target, kept)
+        assert sum(zeros) == target
+        assert all(0 <= k <= w.numel() for k, w in zip(zeros, ws, strict=True))
+        assert all(a <= b for a, b in zip(before, zeros, strict=True))
+        before = zeros
+        kept = [masks.magnitude_mask(w, k) for w, k in zip(ws, zeros, strict=True)]
+    with pytest.raises(ValueError, match="target"):
+        masks.ALLOCATORS[name](ws, total + 1, None)
+
+
+def test_allocators_by_their_definitions() -> None:
+    ws = weights()
+    target = 900
+    sizes = [w.numel() for w in ws]
+    every = torch.cat([w.abs().flatten() for w in ws])
+    limit = every.sort().values[target - 1]
+    assert masks.global_magnitude(ws, target) == [int((w.abs() <= limit).sum()) for w in ws]
+
+    scores = []
+    for w in ws:
+        square = w.double().square().flatten().sort().values.tolist()
+        scores.append([v / sum(square[i:]) for i, v in enumerate(square)])
+    limit = sorted(s for layer in scores for s in layer)[target - 1]
+    assert masks.lamp(ws, target) == [sum(s <= limit for s in layer) for layer in scores]
+
+    share = masks.uniform(ws, target)
+    assert all(abs(k - target * n / sum(sizes)) < 1 for k, n in zip(share, sizes, strict=True))
+
+    # ERK: the density over sum(shape) / prod(shape) is the same number wherever it is below 1
+    zeros = masks.erdos_renyi(ws, 700)
+    eps = [(1 - k / n) / (sum(w.shape) / n) for k, n, w in zip(zeros, sizes, ws, strict=True)]
+    free = [e for e, k in zip(eps, zeros, strict=True) if k]
+    assert zeros[0] == 0  # (4, 1, 3, 3) is dense here
+    assert max(free) - min(free) < 0.1 * max(free)
+    assert eps[0] < max(free)
+
+
+def test_lamp_leaves_each_layer_one_weight_and_takes_zeros_first() -> None:
+    ws = [torch.tensor([0.0, 0.0, 1e-6]), torch.tensor([5.0, 6.0, 7.0, 8.0])]
+    assert masks.lamp(ws, 2) == [2, 0]
+    assert masks.lamp(ws, 5) == [2, 3]
+    assert masks.lamp([torch.zeros(3), torch.ones(3)], 3) == [3, 0]
+
+
+def test_prunable_selects_by_name_and_refuses_what_matches_nothing() -> None:
+    model = cnn()
+    assert [w.name for w in masks.prunable(model)] == ["0", "3", "5", "7"]
+    assert [w.name for w in masks.prunable(model, include=["[35]"])] == ["3", "5"]
+    assert [w.name for w in masks.prunable(model, exclude=["0", "7"])] == ["3", "5"]
+    with pytest.raises(ValueError, match="include: 'head' matches no Conv or Linear layer"):
+        masks.prunable(model, include=["head"])
+    with pytest.raises(ValueError, match="exclude: 'x\\*' matches no"):
+        masks.prunable(model, exclude=["x*"])
+    with pytest.raises(ValueError, match="no prunable layer"):
+        masks.prunable(model, exclude=["*"])
+    with pytest.raises(ValueError, match="no prunable layer"):
+        masks.prunable(nn.Sequential(nn.BatchNorm1d(3)))
+    with pytest.raises(TypeError, match="include"):
+        masks.prunable(model, include="0")
+    with pytest.raises(ValueError, match="lazy"):
+        masks.prunable(nn.LazyLinear(3))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.mix = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.mix(self.embed(x)).mean(1))
+
+
+def test_tied_weights_count_once_and_are_masked_together() -> None:
+    model = Tied()
+    found = masks.prunable(model)
+    assert [w.name for w in found] == ["mix", "head"]
+    parameter = model.embed.weight
+    masks.set_mask(found[1], masks.magnitude_mask(parameter, 20))
+    assert found[1].parameter is parameter
+    assert int((model.embed.weight == 0).sum()) == int((model.head.weight == 0).sum()) == 20
+    assert sum(p is parameter for p in model.parameters()) == 1
+    baked = masks.bake(copy.deepcopy(model))
+    assert baked.head.weight is baked.embed.weight
+    x = torch.randint(0, 7, (3, 5))
+    assert torch.equal(baked(x), model(x))
+    assert masks.sparsity_of(baked) == 20 / (28 + 16)
+
+
+def test_a_copy_can_be_baked_and_the_original_keeps_its_masks() -> None:
+    model = cnn().eval()
+    found = masks.prunable(model)
+    for w in found:
+        masks.set_mask(w, masks.magnitude_mask(w.parameter, w.parameter.numel() // 2))
+    x = torch.randn(3, 1, 8, 8)
+    y = model(x)
+    plain = masks.bake(copy.deepcopy(model))
+    assert torch.equal(plain(x), y)
+    assert torch.equal(model(x), y)
+    assert all(parametrize.is_parametrized(m) for m, _ in (o for w in found for o in w.owners))
+    assert not any(parametrize.is_parametrized(m) for m in plain.modules())
+    assert [type(m) for m in plain.modules()] == [type(m) for m in cnn().modules()]
+    assert set(plain.state_dict()) == set(cnn().state_dict())
+
+
+def test_a_parametrisation_of_the_users_own_survives_baking() -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer)
+    (w,) = masks.prunable(model)
+    masks.attach(w)
+
+    class Twice(nn.Module):
+        def forward(self, b: torch.Tensor) -> torch.Tensor:
+            return 2 * b
+
+    parametrize.register_parametrization(layer, "bias", Twice())
+    x = torch.randn(2, 3)
+    plain = masks.bake(copy.deepcopy(model))
+    assert torch.equal(plain(x), model(x))
+    assert parametrize.is_parametrized(plain[0], "bias")
+    assert isinstance(plain[0].weight, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, 1e-2, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9, nesterov=True, weight_decay=0.1),
+    ],
+)
+def test_a_zero_never_comes_back(make: object) -> None:
+    model = cnn()
+    optimizer = make(model.parameters())
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(0, 5, (16,))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    for _ in range(5):  # momentum from before the mask
+        step()
+    found = masks.prunable(model)
+    kept = {}
+    for w in found:
+        kept[w.name] = masks.magnitude_mask(w.parameter, w.parameter.numel() * 3 // 4)
+        masks.set_mask(w, kept[w.name])
+    frozen = {w.name: w.value().clone() for w in found}
+    for _ in range(50):
+        step()
+        for w in found:
+            assert (w.parameter.grad[~kept[w.name]] == 0).all()
+            assert (w.value()[~kept[w.name]] == 0).all()
+    assert all(not torch.equal(w.value(), frozen[w.name]) for w in found)  # the others did learn
+    assert {id(w.parameter) for w in found} <= {id(p) for g in optimizer.param_groups for p in g["params"]}
+
+
+def test_multiply_adds_agree_with_the_dense_counter_and_fall_by_exactly_the_zeroed_weights() -> None:
+    model = cnn()
+    x = torch.randn(3, 1, 8, 8)
+    found = masks.prunable(model)
+    uses = masks.multiply_adds(model, found, x)
+    assert uses == [16, 16, 1, 1]
+    for w in found:
+        masks.attach(w)
+
+    def macs() -> int:
+        return sum(u * int(w.kept.sum()) for u, w in zip(uses, found, strict=True))
+
+    dense = flops_per_sample(model, x)
+    assert dense.total == dense.nonzero == 2 * macs()  # grouped convolutions too
+    masks.set_mask(found[1], masks.magnitude_mask(found[1].parameter, 10))
+    pruned = flops_per_sample(model, x)
+    assert 2 * macs() == dense.total - 2 * 10 * 4 * 4
+    assert pruned.nonzero == 2 * macs()
+    assert pruned.total == dense.total  # a masked dense product saves nothing
+
+
+def test_multiply_adds_of_other_layers() -> None:
+    model = nn.ModuleDict({"t": nn.ConvTranspose2d(2, 3, 2, 2), "l": nn.Linear(5, 4), "idle": nn.Linear(2, 2)})
+    for name, x, expected in (("t", torch.randn(2, 2, 4, 5), [20, 0, 0]), ("l", torch.randn(2, 7, 5), [0, 7, 0])):
+
+        class Run(nn.Module):
+            def __init__(self, key: str = name) -> None:
+                super().__init__()
+                self.parts, self.key = model, key
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return self.parts[self.key](x)
+
+        net = Run()
+        assert masks.multiply_adds(net, masks.prunable(net), x) == expected
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96,), (2, 3, 96)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_sparse_linear_equals_the_masked_layer_and_its_state_round_trips(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(96, 32, bias=bias)
+    with torch.no_grad():
+        layer.weight[~masks.magnitude_mask(layer.weight, 2800)] = 0
+    sparse = masks.SparseLinear(layer)
+    x = torch.randn(shape)
+    y = layer(x)
+    assert sparse(x).shape == y.shape
+    assert (sparse(x) - y).norm() <= 1e-5 * y.norm()
+    other = nn.Linear(96, 32, bias=bias)
+    with torch.no_grad():
+        other.weight[~masks.magnitude_mask(other.weight, 2800)] = 0
+    fresh = masks.SparseLinear(other)
+    fresh.load_state_dict(sparse.state_dict())
+    assert torch.equal(fresh(x), sparse(x))
+    assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
+
+
+def test_compile_sparse_says_what_it_chose_and_changes_no_output() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 64),
+        nn.ReLU(),
+        nn.Linear(64, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 1024),
+    ).eval()
+    with torch.no_grad():
+        for i, share in ((2, 0.5), (6, 0.99)):
+            w = model[i].weight
+            w[~masks.magnitude_mask(w, int(share * w.numel()))] = 0
+    x = torch.randn(64, 1, 8, 8)
+    y = model(x)
+    report = masks.compile_sparse(model, 0.85, x)
+    assert set(report) == {"0", "2", "4", "6"}
+    assert "no sparse convolution" in report["0"]
+    assert report["2"].startswith("dense: 50.0% zeros, below min_sparsity=0.85")
+    assert report["6"].startswith("csr: 99.0% zeros")  # a hundredth of the products: far above break-even
+    assert isinstance(model[6], masks.SparseLinear)
+    assert isinstance(model[4], nn.Linear)
+    assert (model(x) - y).norm() <= 1e-5 * y.norm()
+    with pytest.raises(ValueError, match="min_sparsity"):
+        masks.compile_sparse(model, 1.5)
