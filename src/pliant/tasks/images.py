@@ -277,7 +277,8 @@ def _split(name: str, title: str, train: Arrays, test: Arrays, validation: int, 
     """Hold ``validation`` training images out, drawn by a fixed permutation."""
     order = np.random.default_rng(0).permutation(len(train[0]))
     held, kept = np.sort(order[:validation]), np.sort(order[validation:])
-    return _dataset(name, title, (train[0][kept], train[1][kept]), (train[0][held], train[1][held]), test, classes)
+    parts = [(train[0][kept], train[1][kept]), (train[0][held], train[1][held]), test]
+    return _dataset(name, title, parts, classes)
 
 
 def _find(

@@ -1,0 +1,531 @@
+"""The main job: several methods and their honest opponents on one task, one chart, and the network for a budget.
+
+What is fair here, and what is not claimed:
+
+* The baseline, SortedNet and every separately trained smaller network see the same number of steps on the same data.
+* RD pruning and global magnitude pruning start from the same trained baseline and share every step of fine-tuning.
+* JEI-DNN and the confidence threshold use the same frozen baseline and the same heads' training data.
+* Choices (which point wins a budget, thresholds) are made on validation; what is reported is measured on test.
+* Pruned weights are zeros in dense tensors: they save no executed FLOPs and no time. They are drawn at their non-zero
+  FLOPs in the left panel, labelled so, and where they really stand in the right one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant import catalog, report
+from pliant._version import __version__
+from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
+from pliant.core.frontier import COSTS, Frontier, Row, measure
+from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
+from pliant.core.persistence import save
+from pliant.core.slicing import Slicing
+from pliant.core.training import fit
+from pliant.tasks import Task
+
+METHODS = ("sortednet", "rd-pruning", "jei-dnn")
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+SPARSITY = (0.8, 0.9, 0.95, 0.98)
+COST_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+
+
+class Plain(Dynamic):
+    """An ordinary network under the contract: one point. Baselines are trained and measured by the same code."""
+
+    def __init__(self, model: nn.Module, example: Input) -> None:
+        super().__init__()
+        check_example(model, example)
+        self.model = model
+        self.point = Point(width=1.0)
+
+    def forward(self, x: Input) -> Any:
+        """The model's output."""
+        return call(self.model, x)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross entropy."""
+        x, y = split_batch(batch)
+        return cross_entropy(logits(self(x)), y)
+
+    def points(self) -> list[Point]:
+        """The only one."""
+        return [Point(width=1.0)]
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """A copy of the model, in evaluation mode."""
+        self._known(point)
+        return copy.deepcopy(self.model).eval()
+
+
+@dataclass
+class Result:
+    """One line of the chart over all seeds: what was measured on validation and on test, seed by seed."""
+
+    name: str
+    kind: report.Kind
+    method: str
+    validation: list[Frontier] = field(default_factory=list)
+    test: list[Frontier] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def cost(self) -> str:
+        """The cost that its place in the left panel means."""
+        return "nonzero_flops" if self.method == "rd-pruning" else "flops"
+
+    def mean(self) -> list[tuple[Point, dict[str, float], float]]:
+        """Point by point: the mean of every figure on test over the seeds, and the spread of quality (std)."""
+        out = []
+        for point in [r.point for r in self.test[0]]:
+            rows = [r for f in self.test for r in f if r.point == point]
+            means = {c: statistics.fmean(float(getattr(r, c)) for r in rows) for c in ("quality", *COSTS)}
+            quality = [r.quality for r in rows]
+            out.append((point, means, statistics.stdev(quality) if len(quality) > 1 else 0.0))
+        return out
+
+    def curve(self, cost: str, colour: str) -> report.Curve:
+        """The line in the panel of ``cost``."""
+        suffix = " (non-zero FLOPs; no time saved)" if cost != self.cost and cost == "flops" else ""
+        x = self.cost if cost == "flops" else cost
+        rows = sorted(self.mean(), key=lambda r: (r[1][x], r[1]["quality"]))
+        return report.Curve(
+            self.name + suffix,
+            tuple(m[x] for _, m, _ in rows),
+            tuple(100 * m["quality"] for _, m, _ in rows),
+            tuple(100 * s for _, _, s in rows),
+            colour,
+            self.kind,
+        )
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The point that does best on validation inside a budget, and what it does on test."""
+
+    result: Result
+    row: Row
+    network: Dynamic
+
+
+@dataclass
+class Comparison:
+    """Everything that ``compare`` measured. ``networks`` holds the last seed's, by result name."""
+
+    task: Task
+    results: list[Result] = field(default_factory=list)
+    networks: dict[str, Dynamic] = field(default_factory=dict)
+
+    def best(self, **budget: float) -> Winner:
+        """Among all results: the highest validation quality within ``budget``.
+
+        Raises:
+            ValueError: nothing fits, or a cost is unknown.
+        """
+        fits: list[tuple[float, Result, Point]] = []
+        errors = []
+        for result in self.results:
+            try:
+                row = result.validation[-1].best_row(**budget)
+            except ValueError as error:
+                errors.append(error)
+                continue
+            fits.append((row.quality, result, row.point))
+        if not fits:
+            raise errors[0] if errors else ValueError("budget: nothing was measured yet")
+        _, result, point = max(fits, key=lambda f: f[0])
+        row = next(r for r in result.test[-1] if r.point == point)
+        return Winner(result, row, self.networks[result.name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        return {
+            "pliant": __version__,
+            "torch": torch.__version__,
+            "task": self.task.title,
+            "flops": "2 per multiply-add, counted on what ran, mean over the test samples",
+            "latency": "ratio to the full network, batch of 64, the two timed in turn",
+            "results": [
+                {
+                    "name": r.name,
+                    "kind": r.kind,
+                    "method": r.method,
+                    "seconds": r.seconds,
+                    "test": [f.to_dicts() for f in r.test],
+                    "validation": [f.to_dicts() for f in r.validation],
+                }
+                for r in self.results
+            ],
+        }
+
+
+Progress = Callable[[str], None]
+
+
+def compare(
+    task: Task,
+    *,
+    methods: Sequence[str] = METHODS,
+    out: str | Path | None = None,
+    seeds: int = 1,
+    epochs: int = 10,
+    finetune: int = 1,
+    lr: float = 0.2,
+    progress: Progress = print,
+) -> Comparison:
+    """Train and measure ``methods`` and their opponents on ``task``.
+
+    Args:
+        task: data, model and example; ``pliant.tasks.load`` makes one, and so does ``Task`` for your own.
+        methods: slugs, some of ``METHODS``.
+        out: folder for ``frontier.png``, ``frontier.svg``, ``results.json`` and the saved networks of the last seed;
+            all of them are written anew after every method, so that an interruption leaves what is finished.
+        seeds: repetitions; the chart shows means and standard deviations.
+        epochs: passes over the training data for the baseline, SortedNet and each smaller network.
+        finetune: passes for each of the pruning levels, and for the exits' heads as many as all levels together.
+        lr: peak learning rate of the one-cycle schedule.
+        progress: takes one line for each thing done.
+
+    Raises:
+        ValueError: an argument is out of range.
+        OSError: ``out`` cannot be written.
+    """
+    for slug in methods:
+        catalog.find(slug)
+        if slug not in METHODS:
+            raise ValueError(f"methods: {slug!r} is not part of the comparison; allowed: {', '.join(METHODS)}")
+    for name, value in (("seeds", seeds), ("epochs", epochs), ("finetune", finetune)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} is not a positive number")
+    folder = Path(out) if out is not None else None
+    if folder is not None:
+        _check_writable(folder)
+    done = Comparison(task)
+    by_name: dict[str, Result] = {}
+
+    def note(name: str, kind: report.Kind, method: str, net: Dynamic, start: float, full: nn.Module) -> None:
+        seconds = time.perf_counter() - start
+        result = by_name.setdefault(name, Result(name, kind, method))
+        if result not in done.results:
+            done.results.append(result)
+        validation = measure(net, task.validation, repeats=0, name=name)
+        test = measure(net, task.test, reference=full, name=name)
+        result.validation.append(validation)
+        result.test.append(test)
+        result.seconds.append(seconds)
+        done.networks[name] = net
+        best = max(test.rows, key=lambda r: r.quality)
+        progress(f"  {name}: trained in {seconds:.0f} s, {len(test)} points, up to {100 * best.quality:.1f} %")
+
+    for seed in range(seeds):
+        progress(f"seed {seed}: training the baseline on {task.title}")
+        start = time.perf_counter()
+        base = Plain(task.model(seed), task.example)
+        fit(base, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
+        full = base.extract(base.point)
+        note("baseline", "baseline", "baseline", base, start, full)
+        for slug in methods:
+            progress(f"seed {seed}: {catalog.find(slug).name}")
+            _RUNS[slug](task, base.model, full, seed, epochs, finetune, lr, note)
+            if folder is not None:
+                write(done, folder)
+    return done
+
+
+Note = Callable[[str, report.Kind, str, Dynamic, float, nn.Module], None]
+
+
+def _sortednet(
+    task: Task, base: nn.Module, full: nn.Module, seed: int, epochs: int, finetune: int, lr: float, note: Note
+) -> None:
+    from pliant.elastic.sortednet import SortedNet
+
+    start = time.perf_counter()
+    slicing = Slicing(base, task.example)
+    depth = (0.5, 1.0) if slicing.stacks else (1.0,)
+    net = SortedNet(task.model(seed), task.example, width=WIDTHS, depth=depth, seed=seed)
+    fit(net, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
+    note("SortedNet (one training)", "method", "sortednet", net, start, full)
+    small = []
+    for width in WIDTHS[:-1]:
+        start = time.perf_counter()
+        model = _fresh(Slicing(task.model(seed), task.example).subnetwork(width).extract(task.model(seed)), seed)
+        plain = Plain(model, task.example)
+        fit(plain, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
+        small.append((width, plain, start))
+    note("trained separately", "opponent", "sortednet", Several({w: n for w, n, _ in small}), small[0][2], full)
+
+
+def _rd_pruning(
+    task: Task, base: nn.Module, full: nn.Module, seed: int, epochs: int, finetune: int, lr: float, note: Note
+) -> None:
+    from pliant.sparsity.rd_pruning import RDPruning
+
+    x = take(split_batch(next(iter(task.train)))[0], slice(0, 64))
+    for name, kind, allocation in (
+        ("RD pruning", "method", "rd"),
+        ("global magnitude", "opponent", "global"),
+    ):
+        start = time.perf_counter()
+        net = RDPruning(
+            copy.deepcopy(base),
+            x,
+            sparsity=SPARSITY,
+            points="geometric",
+            allocation=allocation,  # type: ignore[arg-type]
+        )
+        fit(
+            net,
+            task.train,
+            epochs=finetune * len(SPARSITY),
+            lr=lr / 10,
+            lr_schedule="constant",
+            seed=seed,
+            progress=False,
+        )
+        note(name, kind, "rd-pruning", net, start, full)  # type: ignore[arg-type]
+
+
+def _jei_dnn(
+    task: Task, base: nn.Module, full: nn.Module, seed: int, epochs: int, finetune: int, lr: float, note: Note
+) -> None:
+    from pliant.routing.jei_dnn import JEIDNN, ThresholdExit
+
+    start = time.perf_counter()
+    net = JEIDNN(copy.deepcopy(base), task.example, cost_weights=COST_WEIGHTS)
+    train, validation = net.cache(task.train, shuffle=True), net.cache(task.validation)
+    fit(
+        net, train, validation=validation, epochs=3 * finetune * len(SPARSITY), lr=0.01, lr_schedule="cosine",
+        seed=seed, progress=False,
+    )  # fmt: skip
+    note("JEI-DNN (learned gates)", "method", "jei-dnn", Only(net, "cost_weight"), start, full)
+    start = time.perf_counter()
+    threshold = ThresholdExit(net, target_costs=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)).calibrate(validation)
+    note("confidence threshold", "opponent", "jei-dnn", threshold, start, full)
+    note("cut off after block k", "opponent", "jei-dnn", Only(net, "exit"), start, full)
+
+
+_RUNS: dict[str, Callable[..., None]] = {"sortednet": _sortednet, "rd-pruning": _rd_pruning, "jei-dnn": _jei_dnn}
+
+
+class Several(Dynamic):
+    """Separately trained networks behind one dial, so that they are measured as one line."""
+
+    def __init__(self, nets: Mapping[float, Plain]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets.values())
+        self._points = [Point(width=w) for w in nets]
+        self.point = self._points[-1]
+
+    def _at(self, point: Mapping[str, Value]) -> Plain:
+        net = self.nets[self._points.index(self._known(point))]
+        assert isinstance(net, Plain)
+        return net
+
+    def forward(self, x: Input) -> Any:
+        """The output of the network in use."""
+        return self._at(self.point)(x)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of the network in use; each was trained on its own."""
+        return self._at(self.point).loss(batch)
+
+    def points(self) -> list[Point]:
+        """One for each network."""
+        return list(self._points)
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """A copy of one of them."""
+        net = self._at(point)
+        return net.extract(net.point)
+
+
+class Only(Dynamic):
+    """The points of a network that have a certain name, so that they are drawn as a line of their own."""
+
+    def __init__(self, net: Dynamic, name: str) -> None:
+        super().__init__()
+        self.net, self.name = net, name
+        self.point = self.points()[-1]
+
+    def forward(self, x: Input) -> Any:
+        """The output of the network."""
+        return call(self.net, x)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The network's own."""
+        return self.net.loss(batch)
+
+    def points(self) -> list[Point]:
+        """Those of the network that name ``self.name``."""
+        return [p for p in self.net.points() if self.name in p]
+
+    def use(self, point: Mapping[str, Value]) -> Only:
+        """Turn the network's dial."""
+        super().use(point)
+        self.net.use(self.point)
+        return self
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """The network's own."""
+        return self.net.extract(self._known(point))
+
+
+def _fresh(model: nn.Module, seed: int) -> nn.Module:
+    """New initial weights for its own size: a slice of a larger initialisation has the larger one's spread."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+    return model
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def write(done: Comparison, folder: Path) -> None:
+    """The chart, the figures and the networks of what is finished so far. Each file is replaced in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = {m: report.COLOURS[i] for i, m in enumerate(METHODS)} | {"baseline": report.INK}
+    panels = {
+        "flops": [r.curve("flops", colours[r.method]) for r in done.results],
+        "latency": [r.curve("latency", colours[r.method]) for r in done.results],
+    }
+    seeds = max(len(r.test) for r in done.results)
+    report.comparison(
+        panels,
+        [folder / "frontier.png", folder / "frontier.svg"],
+        title=f"Accuracy against compute: {done.task.title}",
+        subtitle="filled, solid: dynamic network · hollow, dashed: its honest opponent · "
+        + (f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"),
+    )
+    text = json.dumps(done.to_dict(), indent=1)
+    temporary = folder / ".results.json.part"
+    temporary.write_text(text)
+    temporary.replace(folder / "results.json")
+    for net in done.networks.values():
+        inner = net.net if isinstance(net, Only) else net
+        entry = next((e for e in catalog.METHODS if e.name == type(inner).__name__), None)
+        if entry is not None and isinstance(inner, Dynamic):
+            suffix = "" if getattr(inner, "allocation", "rd") == "rd" else f"-{inner.allocation}"
+            save(inner, folder / "networks" / (entry.slug + suffix))
+
+
+def write_winner(winner: Winner, folder: Path, example: Input) -> Path | None:
+    """The winner as files that need no pliant: ``best.pt2`` (``torch.export``) and ``best.safetensors``.
+
+    None where its computation depends on the input, so that no plain network exists.
+    """
+    from safetensors.torch import save_file
+
+    try:
+        plain = winner.network.extract(winner.row.point)
+    except NotStaticError:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    args = (example,) if isinstance(example, Tensor) else () if isinstance(example, Mapping) else tuple(example)
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    batch = torch.export.Dim("batch", min=1)
+    shapes: Any = [{0: batch} for _ in args] if not kwargs else {k: {0: batch} for k in kwargs}
+    program = torch.export.export(plain, args, kwargs, dynamic_shapes=shapes, strict=False)
+    temporary = folder / ".best.part.pt2"
+    torch.export.save(program, temporary)
+    temporary.replace(folder / "best.pt2")
+    weights = {k: v.detach().clone().contiguous() for k, v in plain.state_dict().items()}
+    save_file(weights, folder / ".best.part")
+    (folder / ".best.part").replace(folder / "best.safetensors")
+    return folder / "best.pt2"
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before minutes of training, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"out: cannot write to {str(folder)!r}: {error.strerror or error}") from error
+
+
+def table(done: Comparison) -> list[dict[str, str]]:
+    """The printed table: one row for each point, as strings."""
+    rows = []
+    for result in done.results:
+        for point, m, spread in result.mean():
+            rows.append(
+                {
+                    "network": result.name,
+                    "point": str(point),
+                    "accuracy %": f"{100 * m['quality']:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""),
+                    "FLOPs": report.short(m["flops"]),
+                    "non-zero": report.short(m["nonzero_flops"]),
+                    "parameters": report.short(m["parameters"]),
+                    "time": "-" if math.isnan(m["latency"]) else f"{m['latency']:.2f}x",
+                }
+            )
+    return rows
+
+
+def own_task(model: str, data: str) -> Task:
+    """The user's own: ``module:function`` for a model (no arguments) and for its data (train, validation, test).
+
+    Raises:
+        ValueError: a name cannot be found, or does not return what is needed.
+    """
+    build, fetch = _resolve("--model", model), _resolve("--data", data)
+    parts: Iterable[Any] = fetch()
+    if not isinstance(parts, tuple | list) or len(parts) != 3:
+        raise ValueError(f"--data: {data} must return three loaders or data sets (train, validation, test)")
+    from torch.utils.data import DataLoader, Dataset
+
+    loaders = [
+        DataLoader(p, 64, shuffle=i == 0, drop_last=i == 0) if isinstance(p, Dataset) else p
+        for i, p in enumerate(parts)
+    ]
+    if any(next(iter(loader), None) is None for loader in loaders):
+        raise ValueError(f"--data: {data} returned an empty part; train, validation and test need batches")
+    if not isinstance(build(), nn.Module):
+        raise ValueError(f"--model: {model} must return an nn.Module")
+
+    def fresh(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network: nn.Module = build()
+            return network
+
+    example = take(split_batch(next(iter(loaders[0])))[0], slice(0, 2))
+    train, validation, test = loaders
+    return Task("own", f"{model} on {data}", train, validation, test, example, fresh)
+
+
+def _resolve(option: str, path: str) -> Callable[[], Any]:
+    import importlib
+    import sys
+
+    module, sep, name = path.partition(":")
+    if not sep or not module or not name:
+        raise ValueError(f"{option}: expected module:function, got {path!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ValueError(f"{option}: cannot import {module!r}: {error}") from error
+    except AttributeError:
+        raise ValueError(f"{option}: module {module!r} has no {name!r}") from None
+    if not callable(found):
+        raise ValueError(f"{option}: {path} is not a function")
+    return found  # type: ignore[no-any-return]

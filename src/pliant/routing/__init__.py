@@ -1,0 +1,1 @@
+"""Which computation runs: methods that choose, input by input, what is executed."""
