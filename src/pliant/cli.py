@@ -142,7 +142,9 @@ def reproduce(
         typer.echo(json.dumps(evidence, indent=1))
         return
     typer.echo(f"claim: {evidence['claim']}\n")
-    _print_table([{k: _shown(v) for k, v in row.items()} for row in evidence["table"]])
+    _print_table(
+        [{k: _shown(v) for k, v in row.items() if not isinstance(v, dict | list)} for row in evidence["table"]]
+    )
     for check in evidence.get("checks", []):
         typer.echo(f"{'holds' if check['holds'] else 'does not hold':14} {check['statement']}  [{check['measured']}]")
     typer.echo(f"\nverdict: {evidence['verdict']}   ({out / f'{slug}.json'})")

@@ -289,7 +289,7 @@ def _rd_pruning(
             net,
             task.train,
             epochs=finetune * len(SPARSITY),
-            lr=lr / 10,
+            optimizer=lambda groups: torch.optim.AdamW(groups, 1e-3),
             lr_schedule="constant",
             seed=seed,
             progress=False,

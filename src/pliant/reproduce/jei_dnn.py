@@ -99,7 +99,7 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
             "opponents take as many steps as those of JEI-DNN, on the same batches.",
             "Figures at a cost are interpolated linearly between neighbouring settings, with the first static exit and "
             "the whole network as outer settings of every method. Costs are those measured on test.",
-            "The six cost weights leave gaps in cost, and a straight line across a gap is a lower bound for (a), while the "
+            "The six cost weights leave gaps in cost, and a straight line across a gap is a low estimate for (a); the "
             "opponents have 15 settings; the lead at own costs is free of that.",
             "Thresholds, pos-weights, best weights and conformal quantiles come from the same 2,000 validation images.",
             "A check holds when the mean paired difference exceeds its spread over seeds.",
