@@ -8,8 +8,8 @@ A dynamic network is a plain ``nn.Module`` with a dial:
     point = front.best(flops=30e6)
     small = net.extract(point)
 
-Families (``pliant.elastic``, ``pliant.sparsity``, ``pliant.routing``, ``pliant.weights``) and their classes are imported
-when they are first asked for.
+Families (``pliant.elastic``, ``pliant.sparsity``, ``pliant.routing``, ``pliant.weights``) are imported when they are
+first asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pliant.core.dynamic import Dynamic, NotStaticError, Point
     from pliant.core.frontier import Frontier, measure
     from pliant.core.persistence import load, save
-    from pliant.core.training import fit
+    from pliant.core.training import DivergedError, History, fit
 
 _HOMES = {
     "Dynamic": "pliant.core.dynamic",
@@ -35,12 +35,16 @@ _HOMES = {
     "load": "pliant.core.persistence",
     "save": "pliant.core.persistence",
     "fit": "pliant.core.training",
+    "DivergedError": "pliant.core.training",
+    "History": "pliant.core.training",
 }
 _FAMILIES = ("elastic", "routing", "sparsity", "weights")
 
 __all__ = [
+    "DivergedError",
     "Dynamic",
     "Frontier",
+    "History",
     "NotStaticError",
     "Point",
     "__version__",

@@ -16,7 +16,7 @@ from pliant import __version__, catalog
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__, rich_markup_mode=None
 )
-out_console = Console()
+out_console = Console(width=None if sys.stdout.isatty() else 160)  # a pipe has no width of its own
 log_console = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script to read.")]

@@ -97,7 +97,7 @@ class Result:
 
     def curve(self, cost: str, colour: str) -> report.Curve:
         """The line in the panel of ``cost``."""
-        suffix = " (non-zero FLOPs; no time saved)" if cost != self.cost and cost == "flops" else ""
+        suffix = " †" if cost == "flops" and self.cost != "flops" else ""
         x = self.cost if cost == "flops" else cost
         rows = sorted(self.mean(), key=lambda r: (r[1][x], r[1]["quality"]))
         return report.Curve(
@@ -408,7 +408,8 @@ def write(done: Comparison, folder: Path) -> None:
         panels,
         [folder / "frontier.png", folder / "frontier.svg"],
         title=f"Accuracy against compute: {done.task.title}",
-        subtitle="filled, solid: dynamic network · hollow, dashed: its honest opponent · "
+        subtitle="solid: dynamic network · dashed: its honest opponent · "
+        "† at its FLOPs on non-zero weights, which saves no time (right) · "
         + (f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"),
     )
     text = json.dumps(done.to_dict(), indent=1)

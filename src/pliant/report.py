@@ -1,10 +1,11 @@
-"""Tables and charts. Colour follows the method and never its rank; labels stand beside the curves they name."""
+"""Tables and charts. Colour follows the method and never its rank; names stand beside the curves they name."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,7 +60,7 @@ def chart(
     """One panel of quality against one cost; returns the matplotlib figure."""
     figure = _figure(1)
     _panel(figure.axes[0], curves, AXES[cost], quality, log=cost != "latency")
-    return _finish(figure, [path] if path else [], title, subtitle)
+    return _finish(figure, [curves], [path] if path else [], title, subtitle)
 
 
 def comparison(
@@ -74,7 +75,7 @@ def comparison(
     figure = _figure(len(panels))
     for i, (axes, (cost, curves)) in enumerate(zip(figure.axes, panels.items(), strict=True)):
         _panel(axes, curves, AXES[cost], quality if i == 0 else "", log=cost != "latency")
-    return _finish(figure, paths, title, subtitle)
+    return _finish(figure, list(panels.values()), paths, title, subtitle)
 
 
 def _figure(panels: int) -> Any:
@@ -112,50 +113,70 @@ def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     values = sorted(y for c in curves for y in c.y)
-    if len(values) > 4 and values[0] < values[len(values) // 4] - 15:
-        # One collapsed point must not flatten all others: it is cut off and said so.
-        floor = values[len(values) // 4] - 10
-        axes.set_ylim(floor, values[-1] + 1)
-        low = [(c, x, y) for c in curves for x, y in zip(c.x, c.y, strict=True) if y < floor]
-        for curve, x, y in low:
-            axes.annotate(f"{y:.0f} ↓", (x, floor), ha="center", va="bottom", fontsize=8, color=curve.colour)
+    axes.margins(x=0.12, y=0.1)
+    floor = values[len(values) // 4] - 5
+    if len(values) > 4 and values[0] < floor - 5:
+        # A few collapsed points must not flatten all others: they are cut off, and that is said.
+        axes.set_ylim(floor, values[-1] + 0.12 * (values[-1] - floor))
+        below = sum(v < floor for v in values)
+        axes.text(
+            0.01, 0.01, f"{below} points lie below {floor:.0f} %", transform=axes.transAxes, fontsize=8, color=MUTED
+        )
     axes.grid(color=GRID, linewidth=0.8, zorder=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=MUTED, labelsize=9)
     axes.set_xlabel(xlabel, color=INK, fontsize=10)
     axes.set_ylabel(ylabel, color=INK, fontsize=10)
-    _label(axes, curves)
 
 
 def _label(axes: Any, curves: Sequence[Curve]) -> None:
-    """Write every curve's name to the right of the panel, level with its last point, moved apart where they collide."""
-    axes.figure.canvas.draw()
-    low, high = axes.get_ylim()
-    step = (high - low) * 0.052
-    wanted = sorted(((min(max(c.y[-1], low), high), i) for i, c in enumerate(curves)), reverse=True)
-    placed: list[tuple[float, int]] = []
-    for y, i in wanted:
-        placed.append((min(y, placed[-1][0] - step) if placed else y, i))
-    under = low + step / 2 - min(y for y, _ in placed)
-    if under > 0:
-        placed = [(y + under, i) for y, i in placed]
-    for y, i in placed:
-        curve = curves[i]
-        axes.annotate(
-            curve.label,
-            xy=(curve.x[-1], max(curve.y[-1], low)),
-            xytext=(1.03, y),
-            textcoords=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=9,
-            color=INK,
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": curve.colour, "linewidth": 0.8, "shrinkB": 5},
-        )
+    """Write every curve's name beside one of its points, where it covers no other name and the fewest marks."""
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
+    marks = [p for c in curves for p in _trail(axes.transData.transform(list(zip(c.x, c.y, strict=True))))]
+    taken: list[Any] = []
+    for curve in curves:
+        best: tuple[float, Any, Any] | None = None
+        weight = "bold" if curve.kind != "opponent" else "normal"
+        text = axes.text(0, 0, curve.label, fontsize=9.5, color=curve.colour, fontweight=weight, zorder=5)
+        size = text.get_window_extent(renderer)
+        for point in axes.transData.transform(list(zip(curve.x, curve.y, strict=True))):
+            if not frame.contains(*point):
+                continue
+            for far in (9, 20, 34):
+                for dx, dy in ((far, far / 2), (far, -far / 2), (-far, far / 2), (-far, -far / 2), (0, far), (0, -far)):
+                    left = point[0] + dx - (size.width if dx < 0 else size.width / 2 if dx == 0 else 0)
+                    low = point[1] + dy - (size.height if dy < 0 else 0)
+                    box = Bbox.from_bounds(left - 2, low - 1, size.width + 4, size.height + 2)
+                    outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+                    cost = 1000.0 * sum(box.overlaps(t) for t in taken) + 300.0 * outside
+                    cost += 10.0 * sum(box.contains(*m) for m in marks) + far / 10
+                    if best is None or cost < best[0]:
+                        best = (cost, box, (left, low))
+        if best is None:  # all of its points are cut off
+            text.remove()
+            continue
+        taken.append(best[1])
+        text.set_position(axes.transData.inverted().transform(best[2]))
 
 
-def _finish(figure: Any, paths: Sequence[str | os.PathLike[str]], title: str, subtitle: str) -> Any:
+def _trail(points: Any) -> list[tuple[float, float]]:
+    """The points of a line in pixels, and more along it, so that a name can keep off the line as well."""
+    trail = [tuple(points[0])]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        steps = max(1, int(max(abs(x1 - x0), abs(y1 - y0)) // 8))
+        trail += [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(1, steps + 1)]
+    return trail
+
+
+def _finish(
+    figure: Any, panels: Sequence[Sequence[Curve]], paths: Sequence[str | os.PathLike[str]], title: str, subtitle: str
+) -> Any:
     from matplotlib import pyplot
 
     if title:
@@ -163,6 +184,8 @@ def _finish(figure: Any, paths: Sequence[str | os.PathLike[str]], title: str, su
     if subtitle:
         figure.text(0.01, 0.925, subtitle, ha="left", va="top", fontsize=9.5, color=MUTED)
     figure.tight_layout(rect=(0, 0, 1, 0.91 if subtitle else 0.96))
+    for axes, curves in zip(figure.axes, panels, strict=True):  # names are placed last, when the sizes are settled
+        _label(axes, curves)
     for path in paths:
         target = Path(path)
         temporary = target.with_name(f".{target.name}.part{target.suffix}")

@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -921,7 +922,8 @@ def _truncated(net: JEIDNN, k: int) -> nn.Module:
     values = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, tuple | list) else [x]
     local = Truncated().eval()
     shapes = {"tensors": tuple({0: torch.export.Dim.DYNAMIC} for _ in values)}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter warns of its own deprecated internals
         program = torch.export.export(local, tuple(values), dynamic_shapes=shapes, strict=False)
         program = program.run_decompositions({})  # in-place operations become plain ones, so that dead code is dead
     module = program.module(check_guards=False)
@@ -937,4 +939,6 @@ def _truncated(net: JEIDNN, k: int) -> nn.Module:
     # A new module takes over only what the graph mentions: the blocks after the exit stay behind.
     small = torch.fx.GraphModule(module, graph, "Truncated")
     small.meta.clear()  # remarks of the tracer about the whole model
-    return copy.deepcopy(small).requires_grad_(True).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return copy.deepcopy(small).requires_grad_(True).eval()

@@ -1,1 +1,5 @@
 """Which weights exist: pruning and sparse training."""
+
+from pliant.sparsity.rd_pruning import RDPruning
+
+__all__ = ["RDPruning"]

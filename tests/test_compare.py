@@ -1,0 +1,188 @@
+"""The main job and the command line, on a small task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pliant import cli, compare, report, tasks
+from pliant.reproduce import reproduce
+
+CODE = """
+import torch
+from torch import nn
+def block():
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU())
+def network():
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Sequential(block(), block(), block()), nn.Linear(12, 3))
+def dictionary():
+    class D(nn.Module):
+        def __init__(self):
+            super().__init__(); self.l = nn.Linear(6, 3)
+        def forward(self, x):
+            return {"scores": self.l(x)}
+    return D()
+def loaders():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=g); y = x[:, :3].argmax(1)
+    d = lambda a, b: torch.utils.data.TensorDataset(x[a:b], y[a:b])
+    return d(0, 256), d(256, 320), d(320, 400)
+def empty():
+    return [], [], []
+def two():
+    return [], []
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(CODE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_compare_on_your_own_network(own: Path) -> None:
+    arguments = ["compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "2", "--seeds", "2"]
+    result = run(*arguments, "--budget", "parameters=400", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    names = [r["name"] for r in found["results"]]
+    assert names == [
+        "baseline", "SortedNet (one training)", "trained separately", "RD pruning", "global magnitude",
+        "JEI-DNN (learned gates)", "confidence threshold", "cut off after block k",
+    ]  # fmt: skip
+    assert all(len(r["test"]) == 2 and len(r["validation"]) == 2 for r in found["results"])
+    for name in ("frontier.png", "frontier.svg", "results.json", "networks/sortednet", "networks/rd-pruning"):
+        assert (own / "out" / name).exists(), name
+    # The winner is the best on validation within the budget, and its plain form needs no pliant.
+    within = [
+        (row["quality"], r["name"], row["point"])
+        for r in found["results"] for row in r["validation"][-1] if row["parameters"] <= 400
+    ]  # fmt: skip
+    assert found["winner"]["quality"] <= 1
+    assert max(q for q, _, _ in within) == next(
+        q for q, n, p in within if n == found["winner"]["name"] and p == found["winner"]["point"]
+    )
+    plain = torch.export.load(own / "out" / "best.pt2").module()
+    assert plain(torch.randn(5, 6)).shape == (5, 3)
+    assert not list((own / "out").glob(".*"))  # no half-written files
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nothing"], "allowed: sortednet"),
+        (["compare", "--task", "nothing"], "unknown image data 'nothing'"),
+        (["compare", "--methods", "weight-compander"], "not part of the comparison"),
+        (["compare", "--methods", "x"], "unknown 'x'"),
+        (["compare", "--family", "weights"], "no method of 'weights'"),
+        (["compare", "--budget", "flops"], "such as flops=3e6"),
+        (["compare", "--budget", "watts=3"], "unknown cost 'watts'"),
+        (["compare", "--model", "mine:network"], "go together"),
+        (["compare", "--model", "mine", "--data", "mine:loaders"], "module:function"),
+        (["compare", "--model", "nowhere:f", "--data", "mine:loaders"], "cannot import 'nowhere'"),
+        (["compare", "--model", "mine:g", "--data", "mine:loaders"], "has no 'g'"),
+        (["compare", "--model", "mine:number", "--data", "mine:loaders"], "is not a function"),
+        (["compare", "--model", "mine:loaders", "--data", "mine:loaders"], "must return an nn.Module"),
+        (["compare", "--model", "mine:network", "--data", "mine:two"], "three loaders"),
+        (["compare", "--model", "mine:network", "--data", "mine:empty"], "empty part"),
+        (["compare", "--model", "mine:dictionary", "--data", "mine:loaders"], "dict with keys"),
+        (["compare", "--seeds", "0", "--task", "digits"], "seeds: 0"),
+        (["reproduce", "nothing"], "unknown 'nothing'"),
+        (["reproduce", "sortednet", "--seeds", "0"], "seeds: 0"),
+    ],
+)
+def test_errors_are_one_clear_line(
+    own: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pliant", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert shown[-1].startswith("error: ")
+    assert message in shown[-1]
+    assert "Traceback" not in "".join(shown)
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pliant", "--debug", "show", "nothing"])
+    with pytest.raises(ValueError, match="unknown"):
+        cli.main()
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_before_training(own: Path) -> None:
+    (own / "file").write_text("")
+    with pytest.raises(OSError, match="out: cannot write"):
+        compare.compare(compare.own_task("mine:network", "mine:loaders"), out=own / "file" / "below")
+
+
+def test_interruption_leaves_what_is_finished(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(compare._RUNS, "rd-pruning", stop)
+    result = run("compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "1")
+    assert result.exit_code == 130
+    found = json.loads((own / "out" / "results.json").read_text())
+    assert [r["name"] for r in found["results"]] == ["baseline", "SortedNet (one training)", "trained separately"]
+
+
+def test_list_show_version() -> None:
+    assert {e["slug"] for e in json.loads(run("list", "--json").stdout)} >= {"sortednet", "jei-dnn"}
+    assert "rd-pruning" in run("list").stdout
+    assert json.loads(run("show", "rd-pruning", "--json").stdout)["arxiv"] == "2308.10438"
+    assert run("--version").stdout.startswith("pliant 0.")
+
+
+def test_evidence_is_written_by_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pliant.reproduce import sortednet
+
+    answer = {"claim": "c", "table": [], "checks": [], "verdict": "holds"}
+    monkeypatch.setattr(sortednet, "run", lambda seeds, progress: dict(answer))
+    found = reproduce("sortednet", seeds=2, folder=tmp_path)
+    assert json.loads((tmp_path / "sortednet.json").read_text()) == found
+    assert found["seeds"] == 2
+    assert {"machine", "versions", "commit", "date", "seconds"} <= set(found)
+    answer["verdict"] = "wonderful"
+    with pytest.raises(ValueError, match="verdict"):
+        reproduce("sortednet", folder=tmp_path)
+
+
+def test_tasks() -> None:
+    task = tasks.load("fashion-mnist")
+    x, _ = next(iter(task.train))
+    assert x.shape == (64, 1, 28, 28)
+    assert torch.equal(task.model(0)(x), task.model(0).train()(x))
+    assert len(task.train.dataset) == 12_000
+    assert len(task.test.dataset) == 5_000
+    counts = torch.bincount(task.validation.dataset.tensors[1])
+    assert counts.tolist() == [200] * 10
+    assert tasks.load("digits").example.shape == (2, 1, 8, 8)
+
+
+def test_missing_data_tells_the_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from pliant.tasks import images
+
+    def refuse(*_: Any) -> Path:
+        raise ImportError("no pooch")
+
+    monkeypatch.setenv("PLIANT_DATA", str(tmp_path))
+    monkeypatch.setattr(images, "_cached", refuse)
+    with pytest.raises(FileNotFoundError, match=r"mnist\.npz.*PLIANT_DATA.*pliant\[data\].*fashion-mnist"):
+        images.load("mnist")
+
+
+def test_short_numbers() -> None:
+    assert [report.short(v) for v in (11075968, 174970, 512, 0.5249)] == ["11.1M", "175k", "512", "0.525"]
