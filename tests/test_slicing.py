@@ -157,6 +157,21 @@ def test_networks_from_transformers(kind: str) -> None:
         assert all(g.units == 4 for g in attention)  # whole heads
 
 
+def test_channels_tied_to_themselves_are_refused_instead_of_traced_for_ever() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model, x = transformers.LlamaForCausalLM(config), {"input_ids": torch.randint(0, 50, (2, 7))}
+    with pytest.raises(ValueError, match="rotary embeddings"):
+        Slicing(model, x)
+    projections = ["*.q_proj", "*.k_proj", "*.v_proj"]
+    slicing = assert_sliced_equals_extracted(model, x, exclude=projections)
+    assert all(g.channels == 64 for g in slicing.groups)  # the feed-forward layers
+    assert slicing.stacks == {"model.layers": 3}
+
+
 # -- networks drawn at random ---------------------------------------------------------------------------------------
 
 

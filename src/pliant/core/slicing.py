@@ -21,7 +21,7 @@ import copy
 import fnmatch
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,7 +189,7 @@ class Slicing:
     def _find_groups(self, example: Input, divisor: int) -> None:
         names = {module: name for name, module in self.model.named_modules()}
         parameter_names = {id(p): name for name, p in self.model.named_parameters()}
-        for root, items in _trace(self.model, example):
+        for root, items in list(_trace(self.model, example, self._excluded)):
             members = []
             for module, side, positions, channels in items:
                 if isinstance(module, nn.Parameter):
@@ -525,10 +525,31 @@ class _RMSNormPruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
     get_in_channels = get_out_channels
 
 
-def _trace(model: nn.Module, example: Input) -> Iterable[tuple[nn.Module, list[tuple[Any, str, Any, Any]]]]:
+class _BoundedGroup(torch_pruning.dependency.group.Group):  # type: ignore[misc]
+    """A group that stops growing: where channels are tied to themselves in another order, tracing never ends."""
+
+    limit = 0
+
+    def add_dep(self, dep: Any, idxs: Any) -> None:
+        if len(self) > self.limit:
+            raise _EndlessError
+        super().add_dep(dep, idxs)
+
+
+class _EndlessError(Exception):
+    pass
+
+
+Items = list[tuple[nn.Module, str, tuple[int, ...], tuple[int, ...]]]
+
+
+def _trace(model: nn.Module, example: Input, excluded: Callable[[str], bool]) -> Iterator[tuple[nn.Module, Items]]:
     """The coupled channels by torch-pruning: (root module, [(module, side, positions, channels)])."""
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    names = {module: name for name, module in model.named_modules()}
     graph = torch_pruning.DependencyGraph()
+    traced = torch_pruning.dependency.graph
+    original = traced.Group
     try:
         for p in frozen:  # the graph follows autograd
             p.requires_grad_(True)
@@ -542,22 +563,39 @@ def _trace(model: nn.Module, example: Input) -> Iterable[tuple[nn.Module, list[t
                 customized_pruners={nn.RMSNorm: _RMSNormPruner()},
                 verbose=False,
             )
-            groups = list(graph.get_all_groups(root_module_types=[_ConvNd, nn.Linear, nn.Embedding]))
+        _BoundedGroup.limit = 4 * len(graph.module2node) + 64
+        traced.Group = _BoundedGroup
+        visited: set[nn.Module] = set()
+        for root in list(graph.module2node):
+            if not isinstance(root, _ConvNd | nn.Linear | nn.Embedding) or root in visited or excluded(names[root]):
+                continue
+            pruner = graph.get_pruner_of_module(root)
+            try:
+                group = graph.get_pruning_group(root, pruner.prune_out_channels, range(pruner.get_out_channels(root)))
+            except _EndlessError:
+                raise ValueError(
+                    f"model: cannot slice {names[root]!r}: its channels are tied to themselves in another order, as "
+                    f"rotary embeddings do; exclude it by name: exclude=[{names[root]!r}]"
+                ) from None
+            items: Items = []
+            for item in group:
+                module, handler = item.dep.target.module, item.dep.handler
+                side = "in" if graph.is_in_channel_pruning_fn(handler) else "out"
+                if side == "out":
+                    visited.add(module)
+                if isinstance(module, nn.Parameter | nn.Module):
+                    items.append((module, side, tuple(item.idxs), tuple(item.root_idxs)))  # type: ignore[arg-type]
+            yield root, items
+    except ValueError:
+        raise
     except Exception as error:  # torch-pruning raises whatever its tracing runs into
         raise ValueError(
             f"model: its forward cannot be traced ({_first_line(error)}); give width=(1.0,) and use depth only"
         ) from error
     finally:
+        traced.Group = original
         for p in frozen:
             p.requires_grad_(False)
-    for group in groups:
-        items = []
-        for item in group:
-            module, handler = item.dep.target.module, item.dep.handler
-            if isinstance(module, nn.Parameter | nn.Module):
-                side = "in" if graph.is_in_channel_pruning_fn(handler) else "out"
-                items.append((module, side, tuple(item.idxs), tuple(item.root_idxs)))
-        yield group[0].dep.target.module, items
 
 
 def _part(root: str, members: Sequence[Member]) -> list[Group]:
