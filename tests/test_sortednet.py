@@ -223,6 +223,22 @@ def test_9_one_pass_depth_equals_truncated_forwards() -> None:
         assert torch.equal(net.use(net.points()[0])(X), outputs[0])  # and nothing was left behind
 
 
+def test_9_with_batch_norm_inside_and_behind_the_blocks() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+
+    blocks = nn.Sequential(block(), block(), block())
+    model = nn.Sequential(nn.Linear(6, 6), blocks, nn.BatchNorm1d(6), nn.Linear(6, 4))
+    net = SortedNet(model, X[:2], width=(1.0,), depth=(0.34, 0.67, 1.0), mode="sum")
+    net.loss((X, Y)).backward()
+    net.calibrate([(X, Y)])
+    with evaluating(net), torch.no_grad():
+        outputs = net.all_outputs(X)
+        for point, output in zip(net.points(), outputs, strict=True):
+            assert torch.equal(output, net.extract(point)(X))
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 def test_9_blocks_that_are_more_than_their_module() -> None:
     net = SortedNet(OpenStack(), X[:2], width=(1.0,), depth=(0.25, 0.5, 0.75, 1.0), mode="sum")
     with evaluating(net), torch.no_grad():

@@ -23,6 +23,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -81,6 +82,15 @@ class SubNetwork:
     skeleton: nn.Module
     cuts: Mapping[str, Cuts]
 
+    @cached_property
+    def _places(self) -> list[tuple[list[str], list[tuple[str, str]]]]:
+        """Where the skeleton's tensors live: (path of the module, [(full name, name in the module)])."""
+        places: dict[str, list[tuple[str, str]]] = {}
+        for name in _tensors(self.skeleton):
+            path, _, leaf = name.rpartition(".")
+            places.setdefault(path, []).append((name, leaf))
+        return [(path.split(".") if path else [], leaves) for path, leaves in places.items()]
+
     def views(self, model: nn.Module) -> dict[str, Tensor]:
         """Every parameter and buffer that the skeleton needs, as views on those of the full ``model``.
 
@@ -89,11 +99,11 @@ class SubNetwork:
         evaluation mode a matrix that lost columns is made contiguous, because the product of a strided matrix with a
         single row takes another kernel on CPU and differs in the last bit (convolutions and training do not need it).
         """
-        full = _tensors(model)
+        full = _lookup(model, self._places)
         # Views require a gradient where their parameter does, also under no_grad: ``torch.matmul`` looks at that flag
         # when it chooses a kernel, and would otherwise differ from the extracted network in the last bit.
         with torch.enable_grad():
-            views = {name: _cut(full[name], self.cuts.get(name, {})) for name in _tensors(self.skeleton)}
+            views = {name: _cut(t, self.cuts[name]) if name in self.cuts else t for name, t in full.items()}
             if not self.skeleton.training:
                 views.update({name: v.contiguous() for name, v in views.items() if v.ndim == 2})
         return views
@@ -676,6 +686,19 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+
+
+def _lookup(model: nn.Module, places: Sequence[tuple[list[str], list[tuple[str, str]]]]) -> dict[str, Tensor]:
+    """The tensors at ``places``, several times faster than walking the whole model for each forward pass."""
+    found: dict[str, Tensor] = {}
+    for path, leaves in places:
+        module: Any = model
+        for part in path:
+            module = module._modules[part]
+        for name, leaf in leaves:
+            tensor = module._parameters.get(leaf)
+            found[name] = module._buffers[leaf] if tensor is None else tensor
+    return found
 
 
 def _cut(tensor: Tensor, cuts: Cuts) -> Tensor:

@@ -635,7 +635,7 @@ class _Store:
             self._check_identity(path, manifest)
             self._apply(path, manifest, tensors)
             self.last = path
-            self.written = [path]
+            self.written = [p for p in self.found() if p.name <= path.name][-_KEPT:]
             return
         if broken is not None:
             raise SavedFileError(

@@ -144,6 +144,7 @@ class SortedNet(Dynamic):
         for point in self._points:
             self._networks[point] = self._network(point)
         self._costs: dict[Point, dict[str, int]] = {}
+        self._live: dict[Point, list[tuple[str, int, int]]] = {}
         self._make_statistics()
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.active: list[Point] = []  # drawn since the last optimiser step, for ``freeze_inactive``
@@ -301,7 +302,9 @@ class SortedNet(Dynamic):
 
     def _run_behind(self, point: Point, name: str, hidden: Sequence[Any], x: Input) -> Any:
         """The output at ``point``, whose blocks (the stack ``name``) are replaced by what they returned before."""
-        skeleton = self._networks[point].skeleton
+        network = self._ready(point)
+        statistics = {n: t for n, t in self._statistics(point).items() if not n.startswith(f"{name}.")}
+        skeleton = network.skeleton
         path, _, leaf = name.rpartition(".")
         owner, blocks = skeleton.get_submodule(path), skeleton.get_submodule(name)
         replayed = _Replay(hidden[len(list(blocks.children())) - 1])
@@ -309,7 +312,7 @@ class SortedNet(Dynamic):
             owner, leaf, nn.Sequential(replayed) if isinstance(blocks, nn.Sequential) else nn.ModuleList([replayed])
         )
         try:
-            return self._run(point, x)
+            return SubNetwork(skeleton, network.cuts).run(self.model, x, statistics)
         finally:
             setattr(owner, leaf, blocks)
 
@@ -356,24 +359,30 @@ class SortedNet(Dynamic):
     # -- running ------------------------------------------------------------------------------------------------
 
     def _run(self, point: Point, x: Input) -> Any:
+        return self._ready(point).run(self.model, x, self._statistics(point))
+
+    def _ready(self, point: Point) -> SubNetwork:
+        """The sub-network of ``point`` in this network's mode."""
         network = self._networks[point]
         if network.skeleton.training != self.training:
             network.skeleton.train(self.training)
         if self.training and self.norm_stats == "switchable":
             self.calibrated[self._points.index(point)] = True
-        return network.run(self.model, x, self._statistics(point))
+        return network
 
     def _statistics(self, point: Point) -> dict[str, Tensor]:
         """The normalisation buffers of ``point``: views on its row, which training updates in place."""
-        row, network = self._points.index(point), self._networks[point]
+        row = self._points.index(point)
+        if point not in self._live:  # the layers that this point has, and how many channels of each
+            skeleton = self._networks[point].skeleton
+            present = dict(skeleton.named_modules())
+            self._live[point] = [
+                (name, start, int(present[name].num_features))  # type: ignore[arg-type]
+                for name, (start, _) in self._columns.items()
+                if name in present
+            ]
         found = {}
-        for name, (start, size) in self._columns.items():
-            try:
-                module = network.skeleton.get_submodule(name)
-            except AttributeError:  # a block that this depth leaves out
-                continue
-            live = int(module.num_features)  # type: ignore[arg-type]
-            assert live <= size
+        for name, start, live in self._live[point]:
             found[f"{name}.running_mean"] = self.norm_mean[row, start : start + live]
             found[f"{name}.running_var"] = self.norm_var[row, start : start + live]
         return found
