@@ -219,7 +219,7 @@ BLOCK = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     stem=st.integers(2, 9),
     blocks=st.lists(BLOCK, min_size=1, max_size=4),

@@ -573,7 +573,7 @@ def _trace(model: nn.Module, example: Input, excluded: Callable[[str], bool]) ->
                 customized_pruners={nn.RMSNorm: _RMSNormPruner()},
                 verbose=False,
             )
-        _BoundedGroup.limit = 4 * len(graph.module2node) + 64
+        _BoundedGroup.limit = 20 * len(graph.module2node) + 1000  # nested concatenations need ten a node
         traced.Group = _BoundedGroup
         visited: set[nn.Module] = set()
         for root in list(graph.module2node):
