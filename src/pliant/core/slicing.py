@@ -42,8 +42,8 @@ Cuts = dict[int, Runs]  # by dimension
 def kept(channels: int, width: float, units: int | None = None) -> int:
     """How many of ``channels`` stay at ``width``: whole units, rounded half up, at least one.
 
-    >>> [kept(10, w) for w in (0.05, 0.25, 0.5, 1.0)]
-    [1, 3, 5, 10]
+    >>> kept(10, 0.05), kept(10, 0.25), kept(10, 0.5), kept(10, 1.0)
+    (1, 3, 5, 10)
     >>> kept(12, 0.5, units=3)  # three heads of four channels: 1.5 heads round up to 2
     8
     """
