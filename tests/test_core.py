@@ -247,6 +247,24 @@ def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any
             assert torch.equal(net.use(point)(x), again.use(point)(x)), point
 
 
+@pytest.mark.parametrize("entry", catalog.METHODS, ids=lambda e: e.slug)
+def test_every_method_takes_inputs_by_name(entry: catalog.Entry) -> None:
+    """Networks of transformers take keyword arguments: trained, measured and used like any other."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_channels=1, num_labels=3,
+    )  # fmt: skip
+    x, y = {"pixel_values": torch.randn(16, 1, 8, 8)}, torch.randint(0, 3, (16,))
+    net = entry.load()(transformers.ViTForImageClassification(config), x)
+    pliant.fit(net, [{**x, "labels": y}] * 4, epochs=4, lr=0.01, progress=False)
+    front = measure(net, [(x, y)], repeats=3)
+    assert len(front) == len(net.points())
+    for point in net.points():
+        by_name, whole = net.use(point)(**x), net(x)
+        assert torch.equal(getattr(by_name, "logits", by_name), getattr(whole, "logits", whole))
+
+
 def test_plain_is_an_ordinary_network() -> None:
     net = Plain(nn.Linear(3, 2), torch.randn(2, 3))
     x = torch.randn(4, 3)

@@ -50,14 +50,14 @@ class Plain(Dynamic):
         self.model = model
         self.point = Point(width=1.0)
 
-    def forward(self, x: Input) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
-        return call(self.model, x)
+        return self.model(*args, **kwargs)
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy."""
         x, y = split_batch(batch)
-        return cross_entropy(logits(self(x)), y)
+        return cross_entropy(logits(call(self.model, x)), y)
 
     def points(self) -> list[Point]:
         """The only one."""
@@ -333,9 +333,9 @@ class Several(Dynamic):
         assert isinstance(net, Plain)
         return net
 
-    def forward(self, x: Input) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the network in use."""
-        return self._at(self.point)(x)
+        return self._at(self.point)(*args, **kwargs)
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of the network in use; each was trained on its own."""
@@ -359,9 +359,9 @@ class Only(Dynamic):
         self.net, self.name = net, name
         self.point = self.points()[-1]
 
-    def forward(self, x: Input) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the network."""
-        return call(self.net, x)
+        return self.net(*args, **kwargs)
 
     def loss(self, batch: Batch) -> Tensor:
         """The network's own."""

@@ -29,6 +29,11 @@ def call(model: nn.Module, x: Input) -> Any:
     return model(x)
 
 
+def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input that ``call`` took apart: what a network's ``forward(*args, **kwargs)`` was given, as one value."""
+    return dict(kwargs) if kwargs else args[0] if len(args) == 1 else args
+
+
 def logits(output: Any) -> Tensor:
     """The prediction tensor of a model's output.
 

@@ -54,6 +54,7 @@ from pliant.core.inputs import (
     device_of,
     inputs_of,
     logits,
+    packed,
     rows_of,
     split_batch,
     take,
@@ -215,15 +216,15 @@ class SortedNet(Dynamic):
         """All listed indices b, from the smallest to the full network."""
         return list(self._points)
 
-    def forward(self, x: Input) -> Any:
-        """The model's own output on ``x``, computed by the sub-network in use.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own output, computed by the sub-network in use; it takes what the model takes.
 
         Raises:
             RuntimeError: in evaluation mode, the normalisation statistics of this size are stale.
         """
         if not self.training:
             self._check_calibrated(self.point)
-        return self._run(self.point, x)
+        return self._run(self.point, packed(args, kwargs))
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective of the module's docstring on one batch (a scalar)."""

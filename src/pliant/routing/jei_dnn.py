@@ -58,6 +58,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    packed,
     rows_of,
     split_batch,
     take,
@@ -243,7 +244,7 @@ class JEIDNN(Dynamic):
         """Logits, exits, relative costs and exit probabilities at the current setting."""
         if exit_features is not None:
             return self._decide_cached(exit_features)
-        x: Any = kwargs or (args[0] if len(args) == 1 else args)
+        x = packed(args, kwargs)
         g = len(self.plan)
         if "exit" in self.point:
             k = int(self.point["exit"])
@@ -753,7 +754,7 @@ class ThresholdExit(Dynamic):
             _, a = net._everybody(l, hidden, rows)
             return a.softmax(-1).amax(-1) >= bars[l], a
 
-        x: Any = kwargs or (args[0] if len(args) == 1 else args)
+        x = packed(args, kwargs)
         answer = net.plan.run(net.model, x, visit, net.compact)
         return Decision(*answer, net.head_costs[1][answer.exit], F.one_hot(answer.exit, len(bars) + 1).float())
 

@@ -69,6 +69,7 @@ from pliant.core.inputs import (
     inputs_of,
     logits,
     map_tensors,
+    packed,
     rows_of,
     split_batch,
     to_device,
@@ -446,7 +447,7 @@ class RDPruning(Dynamic):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network at the present sparsity."""
-        return self.model(*args, **kwargs)
+        return call(self.model, packed(args, kwargs))
 
     def loss(self, batch: Batch) -> Tensor:
         """The criterion at the present sparsity; the gradient of a masked weight is exactly zero."""

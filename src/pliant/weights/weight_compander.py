@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pliant.core.dynamic import Dynamic, Point, Value
-from pliant.core.inputs import Batch, Criterion, Input, call, check_example, cross_entropy, logits, split_batch
+from pliant.core.inputs import Batch, Criterion, Input, call, check_example, cross_entropy, logits, packed, split_batch
 
 FUNCTIONS = ("arctan", "tanh", "softsign", "mulaw", "identity")
 TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
@@ -518,9 +518,9 @@ class WeightCompander(Dynamic):
         """One setting: the compander is a way to train."""
         return [Point(compander=1)]
 
-    def forward(self, x: Any) -> Any:
-        """What the model gives for ``x``."""
-        return call(self.model, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives for the same arguments."""
+        return call(self.model, packed(args, kwargs))
 
     def loss(self, batch: Batch) -> Tensor:
         """The criterion, and with ``decay_on="w"`` lam/2 |Psi(v)|^2 of the companded weights."""
