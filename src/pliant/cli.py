@@ -106,7 +106,6 @@ def compare(
             status.stop()
             log_console.print(f"interrupted; what was finished is in {out}")
             raise typer.Exit(130) from None
-    job.write(done, out)
     winner = done.best(**limits) if limits else None
     if as_json:
         typer.echo(json.dumps(done.to_dict() | ({"winner": _winner(winner)} if winner else {}), indent=1))

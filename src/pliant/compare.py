@@ -31,7 +31,7 @@ from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.frontier import COSTS, Frontier, Row, measure
 from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
 from pliant.core.persistence import save
-from pliant.core.slicing import Slicing
+from pliant.core.slicing import Slicing, find_stacks
 from pliant.core.training import fit
 from pliant.tasks import Task
 
@@ -252,15 +252,15 @@ def _sortednet(
     from pliant.elastic.sortednet import SortedNet
 
     start = time.perf_counter()
-    slicing = Slicing(base, task.example)
-    depth = (0.5, 1.0) if slicing.stacks else (1.0,)
+    depth = (0.5, 1.0) if find_stacks(base, task.example) else (1.0,)
     net = SortedNet(task.model(seed), task.example, width=WIDTHS, depth=depth, seed=seed)
     fit(net, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
     note("SortedNet (one training)", "method", "sortednet", net, start, full)
     small = []
+    slicing = Slicing(task.model(seed), task.example)
     for width in WIDTHS[:-1]:
         start = time.perf_counter()
-        model = _fresh(Slicing(task.model(seed), task.example).subnetwork(width).extract(task.model(seed)), seed)
+        model = _fresh(slicing.subnetwork(width).extract(slicing.model), seed)
         plain = Plain(model, task.example)
         fit(plain, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
         small.append((width, plain, start))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 Input = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 Batch = tuple[Any, Any] | Sequence[Any] | Mapping[str, Any]
@@ -142,6 +143,17 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
             f"target: labels run from {low} to {high}, but the model has {classes} outputs; "
             f"labels must be in 0..{classes - 1}"
         ) from None
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks for the length of the block: they are taken off at its end, exception or not."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from pliant.core.cost import time_ratio
-from pliant.core.inputs import Input, call, evaluating, rows_of
+from pliant.core.inputs import Input, call, evaluating, removing, rows_of
 
 # -- which weights can go -------------------------------------------------------------------------------------------
 
@@ -136,13 +136,8 @@ def multiply_adds(model: nn.Module, weights: Sequence[Weight], example: Input) -
         counts[where[id(module)]] += used
 
     layers = [m for w in weights for m, _ in w.owners if isinstance(m, _ConvNd | nn.Linear)]
-    hooks = [m.register_forward_hook(count) for m in layers]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(m.register_forward_hook(count) for m in layers), evaluating(model), torch.no_grad():
+        call(model, example)
     rows = rows_of(example)
     return [max(1, round(c / rows)) if c else 0 for c in counts]
 
@@ -475,10 +470,6 @@ def _input_shapes(model: nn.Module, layers: Mapping[str, nn.Module], example: In
                 shapes[name] = args[0].shape
 
         hooks.append(layer.register_forward_pre_hook(note))
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), evaluating(model), torch.no_grad():
+        call(model, example)
     return shapes

@@ -33,7 +33,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pliant.core.inputs import Input, call, check_example, evaluating, first_tensor, logits
+from pliant.core.inputs import Input, call, check_example, evaluating, first_tensor, logits, removing
 
 Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
 Cuts = dict[int, Runs]  # by dimension
@@ -172,7 +172,7 @@ class Slicing:
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"exclude: no module of the model is named {pattern!r}")
         self.exclude = tuple(exclude)
-        self.heads: dict[str, tuple[str, int]] = {}  # attention module -> (name of its inner group, its heads)
+        self.heads: dict[str, str] = {}  # attention module -> name of the group of its inner width
         self.stacks = find_stacks(model, example) if stacks is None else self._check_stacks(stacks)
         self.groups: list[Group] = []
         if width:
@@ -300,7 +300,7 @@ class Slicing:
                 if group.channels % units:
                     continue
                 group.units = math.gcd(group.units, units)
-                self.heads[owner] = (group.name, units)
+                self.heads[owner] = group.name
 
     def _link_grouped_convolutions(self) -> None:
         """The input and output groups of a grouped convolution must keep the same share of its groups."""
@@ -409,7 +409,7 @@ class Slicing:
     def _resize_attention(self, skeleton: nn.Module, sizes: Mapping[str, int]) -> None:
         """Give attention modules written by others the number of heads that they have left."""
         groups = {g.name: g for g in self.groups}
-        for owner, (group_name, _) in self.heads.items():
+        for owner, group_name in self.heads.items():
             size, module = sizes.get(group_name), _submodule(skeleton, owner)
             if size is None or group_name not in groups or module is None:
                 continue
@@ -649,12 +649,8 @@ def find_stacks(model: nn.Module, example: Input) -> dict[str, int]:
 
     blocks = {id(child): child for children in candidates.values() for child in children}
     handles = [child.register_forward_hook(note, with_kwargs=True) for child in blocks.values()]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(handles), evaluating(model), torch.no_grad():
+        call(model, example)
     stacks = {}
     for name, children in candidates.items():
         mine = [r for r in runs if r[0] in {id(c) for c in children}]

@@ -55,6 +55,7 @@ from pliant.core.inputs import (
     inputs_of,
     logits,
     packed,
+    removing,
     rows_of,
     split_batch,
     take,
@@ -292,11 +293,8 @@ class SortedNet(Dynamic):
 
         full = self._networks[self._points[-1]].skeleton.get_submodule(name)
         handles = [block.register_forward_hook(note) for block in full.children()]
-        try:
+        with removing(handles):
             largest = self._run(self._points[-1], x)
-        finally:
-            for handle in handles:
-                handle.remove()
         if not chained:
             return [*(self._run(point, x) for point in self._points[:-1]), largest]
         return [*(self._run_behind(point, name, hidden, x) for point in self._points[:-1]), largest]
