@@ -330,11 +330,11 @@ def test_switchable_statistics_are_those_of_each_size() -> None:
         nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)),
         X[:2], width=(0.5, 1.0), norm_stats="switchable", accumulate=1, weights=[1, 0],
     )  # fmt: skip
-    full = net.norm_mean[1].clone()
+    full = net.norms.mean[1].clone()
     net.loss((X, Y)).backward()
     expected = 0.1 * net.model[0](X)[:, :4].mean(0)
-    torch.testing.assert_close(net.norm_mean[0, :4], expected)
-    assert torch.equal(net.norm_mean[1], full)
+    torch.testing.assert_close(net.norms.mean[0, :4], expected)
+    assert torch.equal(net.norms.mean[1], full)
     net.eval().use(Point(width=0.5, depth=1.0))(X)
 
 

@@ -41,9 +41,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from pliant.core.calibration import Estimator, NormTable, batches_of, check_estimator
 from pliant.core.cost import count_parameters, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
@@ -52,7 +52,6 @@ from pliant.core.inputs import (
     Input,
     cross_entropy,
     device_of,
-    inputs_of,
     logits,
     packed,
     removing,
@@ -93,9 +92,6 @@ class SortedNet(Dynamic):
         ValueError: an argument is out of range, or the model cannot be sliced; the message names what is wrong.
     """
 
-    norm_mean: Tensor
-    norm_var: Tensor
-    calibrated: Tensor
     draws: Tensor
 
     def __init__(
@@ -146,7 +142,7 @@ class SortedNet(Dynamic):
         for point in self._points:
             self._networks[point] = self._network(point)
         self._costs: dict[Point, dict[str, int]] = {}
-        self._live: dict[Point, list[tuple[str, int, int]]] = {}
+        self._layers: dict[Point, dict[str, nn.Module]] = {}
         self._make_statistics()
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.active: list[Point] = []  # drawn since the last optimiser step, for ``freeze_inactive``
@@ -186,30 +182,14 @@ class SortedNet(Dynamic):
         return network
 
     def _make_statistics(self) -> None:
-        """One row of means and one of variances for each point; every normalisation layer owns a range of columns."""
-        self._columns: dict[str, tuple[int, int]] = {}
-        columns = 0
-        for name, module in self.model.named_modules():
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                self._columns[name] = (columns, module.num_features)
-                columns += module.num_features
-        if columns and self.norm_stats == "batch_free":
+        """Running statistics of every point; only the full network can take over those that the model came with."""
+        self.norms = NormTable(self.model, self._points)
+        if self.norms and self.norm_stats == "batch_free":
             raise ValueError(
-                f"norm_stats: 'batch_free', but {next(iter(self._columns))!r} keeps running statistics; "
+                f"norm_stats: 'batch_free', but {next(iter(self.norms.columns))!r} keeps running statistics; "
                 "use 'recalibrate' or 'switchable'"
             )
-        device = device_of(self.model)
-        self.register_buffer("norm_mean", torch.zeros(len(self._points), columns, device=device))
-        self.register_buffer("norm_var", torch.ones(len(self._points), columns, device=device))
-        # Only the full network can take over the statistics that the model came with.
-        self.register_buffer("calibrated", torch.tensor([columns == 0] * (len(self._points) - 1) + [True]))
-        for name, (start, size) in self._columns.items():
-            module = self.model.get_submodule(name)
-            assert isinstance(module, _NormBase)
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            self.norm_mean[-1, start : start + size] = module.running_mean
-            self.norm_var[-1, start : start + size] = module.running_var
+        self.norms.trust(self._points[-1])
 
     # -- the contract -------------------------------------------------------------------------------------------
 
@@ -224,14 +204,14 @@ class SortedNet(Dynamic):
             RuntimeError: in evaluation mode, the normalisation statistics of this size are stale.
         """
         if not self.training:
-            self._check_calibrated(self.point)
+            self.norms.check(self.point)
         return self._run(self.point, packed(args, kwargs))
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective of the module's docstring on one batch (a scalar)."""
         x, y = split_batch(batch)
-        if self.norm_stats == "recalibrate" and self._columns:
-            self.calibrated.fill_(False)
+        if self.norm_stats == "recalibrate":
+            self.norms.stale()
         if self.mode == "sum":
             self.active = list(self._points)
             return torch.stack([self._criterion(out, y) for out in self.all_outputs(x)]).mean()
@@ -244,12 +224,12 @@ class SortedNet(Dynamic):
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
         """The plain, smaller network of ``point`` with its own weights and statistics, in evaluation mode."""
         known = self._known(point)
-        self._check_calibrated(known)
+        self.norms.check(known)
         return self._networks[known].extract(self.model, self._statistics(known))
 
     def finish(self, train: Iterable[Batch]) -> None:
         """Re-estimate the normalisation statistics of every point on the training data."""
-        if self.norm_stats == "recalibrate" and self._columns:
+        if self.norm_stats == "recalibrate":
             self.calibrate(train, batches=self.calibration_batches)
 
     # -- training -----------------------------------------------------------------------------------------------
@@ -366,74 +346,42 @@ class SortedNet(Dynamic):
         if network.skeleton.training != self.training:
             network.skeleton.train(self.training)
         if self.training and self.norm_stats == "switchable":
-            self.calibrated[self._points.index(point)] = True
+            self.norms.trust(point)
         return network
 
     def _statistics(self, point: Point) -> dict[str, Tensor]:
         """The normalisation buffers of ``point``: views on its row, which training updates in place."""
-        row = self._points.index(point)
-        if point not in self._live:  # the layers that this point has, and how many channels of each
-            skeleton = self._networks[point].skeleton
-            present = dict(skeleton.named_modules())
-            self._live[point] = [
-                (name, start, int(present[name].num_features))  # type: ignore[arg-type]
-                for name, (start, _) in self._columns.items()
-                if name in present
-            ]
-        found = {}
-        for name, start, live in self._live[point]:
-            found[f"{name}.running_mean"] = self.norm_mean[row, start : start + live]
-            found[f"{name}.running_var"] = self.norm_var[row, start : start + live]
-        return found
+        if point not in self._layers:
+            modules = self._networks[point].skeleton.named_modules()
+            self._layers[point] = {name: m for name, m in modules if name in self.norms.columns}
+        return self.norms.tensors(point, self._layers[point])
 
-    # -- normalisation statistics -------------------------------------------------------------------------------
-
-    def _check_calibrated(self, point: Point) -> None:
-        if not bool(self.calibrated[self._points.index(point)]):
-            raise RuntimeError(
-                f"the normalisation statistics of {point} have not been estimated since training; "
-                "call net.finish(train) or net.calibrate(data) first (pliant.fit does so at its end)"
-            )
-
-    @torch.no_grad()
     def calibrate(
         self,
         data: Iterable[Any] | Input,
         *,
         batches: int = 64,
         points: Sequence[Mapping[str, Value]] | None = None,
+        estimator: Estimator = "cumulative",
     ) -> None:
-        """Reset and re-estimate normalisation statistics: the mean over ``batches`` batches of each batch's own.
+        """Reset and re-estimate normalisation statistics on ``batches`` batches, as ``estimator`` says.
 
         Only the normalisation layers are in training mode meanwhile; dropout stays off.
 
         Raises:
-            ValueError: ``data`` has no batches.
+            ValueError: ``data`` has no batches, or ``estimator`` is unknown.
         """
-        if not self._columns:
+        check_estimator(estimator)
+        if not self.norms:
             return
-        device = device_of(self.model)
-        taken = [to_device(x, device) for x, _ in zip(inputs_of(data), range(batches), strict=False)]
-        if not taken:
-            raise ValueError("data: it has no batches to estimate normalisation statistics on")
+        taken = batches_of(data, batches, device_of(self.model))
         for point in [self._known(p) for p in points] if points is not None else self._points:
-            network, statistics = self._networks[point], self._statistics(point)
-            counters = {f"{name}.num_batches_tracked": torch.zeros((), dtype=torch.int64, device=device)
-                        for name in self._columns if f"{name}.running_mean" in statistics}  # fmt: skip
-            network.skeleton.eval()
-            layers = [network.skeleton.get_submodule(n.rpartition(".")[0]) for n in counters]
-            momenta = [layer.momentum for layer in layers]
-            try:
-                for layer in layers:
-                    layer.train()
-                    layer.momentum = None  # type: ignore[assignment]  # a cumulative mean
-                for x in taken:
-                    network.run(self.model, x, statistics | counters)
-            finally:
-                for layer, momentum in zip(layers, momenta, strict=True):
-                    layer.momentum = momentum
-                    layer.eval()
-            self.calibrated[self._points.index(point)] = True
+            network = self._networks[point]
+
+            def run(x: Input, tensors: Mapping[str, Tensor], network: SubNetwork = network) -> Any:
+                return network.run(self.model, x, tensors)
+
+            self.norms.estimate(point, network.skeleton, run, taken, estimator)
 
     # -- choosing -----------------------------------------------------------------------------------------------
 
