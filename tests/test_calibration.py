@@ -87,10 +87,12 @@ def test_estimating_touches_one_row_and_nothing_else() -> None:
     table = _table(model, batches, "cumulative")
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    assert torch.equal(table.mean[1], torch.zeros(10)) and torch.equal(table.var[1], torch.ones(10))
+    assert torch.equal(table.mean[1], torch.zeros(10))
+    assert torch.equal(table.var[1], torch.ones(10))
     assert not any(m.training for m in model.modules())
     again = _table(model, batches, "cumulative")
-    assert torch.equal(table.mean, again.mean) and torch.equal(table.var, again.var)
+    assert torch.equal(table.mean, again.mean)
+    assert torch.equal(table.var, again.var)
     shuffled = _table(model, batches[::-1], "cumulative")
     torch.testing.assert_close(shuffled.var, table.var, rtol=1e-6, atol=1e-6)
 
@@ -114,8 +116,10 @@ def test_rows_come_and_go() -> None:
     table = _table(model, _data(), "cumulative")
     row = table.mean[0].clone()
     table.keep([Point(size=3), P])
-    assert table.points() == [Point(size=3), P] and Q not in table
-    assert torch.equal(table.mean[1], row) and table.fresh.tolist() == [False, True]
+    assert table.points() == [Point(size=3), P]
+    assert Q not in table
+    assert torch.equal(table.mean[1], row)
+    assert table.fresh.tolist() == [False, True]
 
 
 def test_bad_input() -> None:

@@ -59,12 +59,16 @@ class _Counter(FlopCounterMode):
         return result
 
 
-def count_flops(function: Callable[[], Any]) -> Flops:
-    """FLOPs that ``function()`` executes."""
-    counter = _Counter()
+def count_flops(function: Callable[[], Any], *, nonzero: bool = True) -> Flops:
+    """FLOPs that ``function()`` executes.
+
+    ``nonzero=False`` takes all weights for non-zero, which is all that can be said of tensors on the meta device.
+    """
+    counter = _Counter() if nonzero else FlopCounterMode(display=False)
     with counter, torch.no_grad():
         function()
-    return Flops(counter.get_total_flops(), round(counter.nonzero))
+    total = counter.get_total_flops()
+    return Flops(total, round(counter.nonzero) if isinstance(counter, _Counter) else total)
 
 
 def flops_per_sample(model: nn.Module, x: Input) -> Flops:

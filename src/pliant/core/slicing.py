@@ -1,6 +1,7 @@
 """A sub-network as a set of *views* on the parameters of the full one.
 
-Two cuts make a network smaller: fewer channels (*width*) and fewer blocks (*depth*).
+Three cuts make a network smaller: fewer channels (*width*, *expansion*), fewer blocks (*depth*), and smaller filters
+(*kernel*, the centre of the full ones).
 
 Channels that are added, concatenated or multiplied must be cut together. Which ones those are is read off the
 dependency graph of torch-pruning, which traces the user's own forward. A group of C coupled channels is cut to its
@@ -51,6 +52,16 @@ def kept(channels: int, width: float, units: int | None = None) -> int:
     return max(1, math.floor(units * width + 0.5)) * (channels // units)
 
 
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """The multiple of ``divisor`` nearest to ``value``, at least one, and never below 90 % of ``value``.
+
+    >>> [make_divisible(v) for v in (41.6, 51.2, 64, 166.4, 20.8)]
+    [40, 48, 64, 168, 24]
+    """
+    n = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return n + divisor if n < 0.9 * value else n
+
+
 @dataclass(frozen=True)
 class Member:
     """One tensor side that a group cuts: ``positions[i]`` of the module's side carries channel ``channels[i]``."""
@@ -70,6 +81,11 @@ class Group:
     units: int
     members: list[Member] = field(default_factory=list)
     linked: frozenset[str] = frozenset()  # groups that a grouped convolution binds to keep the same share
+
+    @property
+    def bundle(self) -> int:
+        """The channels of one unit: what is kept is a multiple of it."""
+        return self.channels // self.units
 
     def __repr__(self) -> str:
         return f"Group({self.name}, {self.channels} channels in {self.units} units, {len(self.members)} members)"
@@ -335,7 +351,7 @@ class Slicing:
                 inner.append(group)
         self.groups = inner
         sizes = {g.name: least[g.name] for g in inner}
-        self._check_ties(self._build(sizes, {}).cuts)
+        self._check_ties(self.build(sizes).cuts)
         result = self._attempt(sizes, example)
         if result != self.shape:
             why = _first_line(result) if isinstance(result, Exception) else f"the output has shape {result}"
@@ -343,7 +359,7 @@ class Slicing:
 
     def _attempt(self, sizes: Mapping[str, int], example: Input) -> tuple[int, ...] | Exception:
         try:
-            network = self._build(sizes, {})
+            network = self.build(sizes)
             with evaluating(network.skeleton), torch.no_grad():
                 return tuple(logits(network.run(self.model, example)).shape)
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
@@ -370,11 +386,26 @@ class Slicing:
                 raise ValueError(f"{name}: {value} is not in (0, 1]")
         if depth < 1 and not self.stacks:
             raise ValueError("depth: no stack of blocks was found in the model; name them: stacks=['blocks']")
-        return self._build(self.sizes(width), self.depths(depth))
+        return self.build(self.sizes(width), self.depths(depth))
 
-    def _build(self, sizes: Mapping[str, int], depths: Mapping[str, int]) -> SubNetwork:
-        skeleton = _skeleton(self.model)
-        for name, blocks in depths.items():
+    def build(
+        self,
+        sizes: Mapping[str, int],
+        depths: Mapping[str, int] | None = None,
+        kernels: Mapping[str, int] | None = None,
+    ) -> SubNetwork:
+        """The sub-network of given sizes; what is not named stays whole.
+
+        Args:
+            sizes: kept channels, by the name of a group: whole units.
+            depths: kept blocks, by the name of a stack.
+            kernels: filter sizes, by the name of a convolution, see ``can_crop``.
+
+        A module of the model that has a method ``after_slicing()`` is called then, in the skeleton, so that it can
+        leave out what its new sizes have no use for.
+        """
+        skeleton = skeleton_of(self.model)
+        for name, blocks in (depths or {}).items():
             if blocks < self.stacks[name]:
                 path, _, leaf = name.rpartition(".")
                 setattr(skeleton.get_submodule(path), leaf, skeleton.get_submodule(name)[:blocks])  # type: ignore[index]
@@ -403,8 +434,61 @@ class Slicing:
             target = _submodule(skeleton, module_name)
             for attribute, value in attributes.items() if target is not None else ():
                 setattr(target, attribute, value)
+        for name, size in (kernels or {}).items():
+            cut = cuts.setdefault(f"{name}.weight", {})
+            _crop(self.model.get_submodule(name), _submodule(skeleton, name), size, cut)
         self._resize_attention(skeleton, sizes)
+        for module in skeleton.modules():
+            if callable(told := getattr(module, "after_slicing", None)):
+                told()
         return SubNetwork(skeleton, cuts)
+
+    # -- order of channels --------------------------------------------------------------------------------------
+
+    def importance(self, group: Group) -> Tensor:
+        """(channels,): the sum of |w| over all weights that read each channel of ``group``."""
+        total = torch.zeros(group.channels)
+        for m in group.members:
+            module = _submodule(self.model, m.module)
+            depthwise = isinstance(module, _ConvNd) and module.groups > 1
+            if m.side != "in" or depthwise or not isinstance(module, _ConvNd | nn.Linear):
+                continue
+            dim = 0 if isinstance(module, _ConvTransposeNd) else 1
+            weight = module.weight.detach().float().cpu().abs()
+            read = weight.sum([d for d in range(weight.ndim) if d != dim])
+            total.index_add_(0, torch.tensor(m.channels), read[list(m.positions)])
+        return total
+
+    @torch.no_grad()
+    def permute(self, group: Group, order: Sequence[int]) -> None:
+        """Put channel ``order[c]`` of ``group`` in place c, everywhere; the full network computes the same function.
+
+        Raises:
+            ValueError: ``order`` is no permutation, or a module ties the channels to their places (heads, groups).
+        """
+        if sorted(order) != list(range(group.channels)):
+            raise ValueError(f"order: expected a permutation of 0..{group.channels - 1}")
+        moves: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}  # a layer may carry the channels on both its sides
+        for m in group.members:
+            if m.side == "parameter":
+                parameter = self.model.get_parameter(m.module)
+                dim = _last_wide(parameter)
+                moves[id(parameter), dim, _reindex(m, order, parameter.shape[dim])] = parameter
+                continue
+            module = self.model.get_submodule(m.module)
+            grouped = isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels
+            bound = isinstance(module, nn.GroupNorm) and module.num_groups < module.num_channels
+            if grouped or bound or isinstance(module, nn.MultiheadAttention) or group.name in self.heads.values():
+                raise ValueError(f"group: {group.name!r} cannot be reordered: places in {m.module!r} have a meaning")
+            depthwise = isinstance(module, _ConvNd) and module.groups > 1
+            if depthwise and m.side == "in":
+                continue  # the same dimension as its output side
+            for name, cut in _module_cuts(module, {m.side: set()})[0].items():
+                tensor: Tensor = getattr(module, name)
+                for dim in cut:
+                    moves[id(tensor), dim, _reindex(m, order, tensor.shape[dim])] = tensor
+        for (_, dim, index), tensor in moves.items():
+            tensor.copy_(tensor.index_select(dim, torch.tensor(index, device=tensor.device)))
 
     def _resize_attention(self, skeleton: nn.Module, sizes: Mapping[str, int]) -> None:
         """Give attention modules written by others the number of heads that they have left."""
@@ -445,6 +529,44 @@ _SLICEABLE = (
     nn.PReLU,
     nn.MultiheadAttention,
 )
+
+
+def can_crop(module: nn.Module, size: int) -> bool:
+    """Whether the filters of ``module`` can shrink to their central ``size`` with the output keeping its shape."""
+    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.padding_mode != "zeros":
+        return False
+    full = module.kernel_size[0]
+    if set(module.kernel_size) != {full} or size < 1 or size > full or (full - size) % 2:
+        return False
+    lost = [(full - size) // 2 * d for d in module.dilation]
+    return isinstance(module.padding, str) or all(p >= n for p, n in zip(module.padding, lost, strict=True))
+
+
+def _crop(module: nn.Module, target: nn.Module | None, size: int, cuts: Cuts) -> None:
+    """Cut the filters of ``module`` to their centre (in ``cuts``), and tell ``target``, its place in the skeleton."""
+    if not can_crop(module, size):
+        raise ValueError(f"kernels: {module} cannot be cropped to {size}")
+    assert isinstance(module, _ConvNd)
+    start = (module.kernel_size[0] - size) // 2
+    for dim in range(2, 2 + len(module.kernel_size)):
+        cuts[dim] = ((start, size),)
+    if target is not None:
+        target.kernel_size = (size,) * len(module.kernel_size)  # type: ignore[assignment]
+        if not isinstance(module.padding, str):
+            lost = [start * d for d in module.dilation]
+            target.padding = tuple(p - n for p, n in zip(module.padding, lost, strict=True))  # type: ignore[assignment]
+
+
+def _reindex(member: Member, order: Sequence[int], size: int) -> tuple[int, ...]:
+    """Where each position of one dimension takes its values from when channels are put in ``order``."""
+    places: dict[int, list[int]] = {}
+    for position, channel in zip(member.positions, member.channels, strict=True):
+        places.setdefault(channel, []).append(position)
+    index = list(range(size))
+    for channel, positions in places.items():
+        for to, source in zip(positions, places[order[channel]], strict=True):
+            index[to] = source
+    return tuple(index)
 
 
 def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[str, Cuts], dict[str, Any]]:
@@ -667,7 +789,7 @@ def _shape_of(value: Any) -> tuple[int, ...] | None:
         return None
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
+def skeleton_of(model: nn.Module) -> nn.Module:
     """A copy of the modules of ``model`` whose parameters and buffers hold no memory."""
     memo: dict[int, Any] = {}
     for p in model.parameters():

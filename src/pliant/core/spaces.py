@@ -1,0 +1,558 @@
+"""Architecture spaces: what the sizes of a network may be, and the network of one choice.
+
+``Space`` is data: named coordinates with their choices, and what can be done with them (enumerate, sample, mutate,
+cross over, encode, restrict). It knows nothing of networks.
+
+``Axes`` lays a space over a network that ``Slicing`` has read:
+
+    width       channels of the residual stream of a stage: channel groups that reach beyond one block
+    expansion   inner channels of a block, as a share of the full ratio to the stream; groups inside one block
+    depth       blocks of a stage: its first ones
+    kernel      filter size of the convolutions of a stage: the centre of the full filters
+    resolution  height of the input image; the width follows in proportion
+
+A *stage* is a stack of blocks (``find_stacks``). Channels outside of all stages (a stem, a wide head) are stages of
+their own, with a width and nothing else. All blocks of a stage share their choices unless ``per_block`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from pliant.core.cost import count_flops
+from pliant.core.dynamic import Point, Value
+from pliant.core.inputs import Input, evaluating, first_tensor, logits, map_tensors, rows_of, take
+from pliant.core.slicing import Group, Slicing, SubNetwork, can_crop, kept, make_divisible, skeleton_of
+
+AXES = ("resolution", "width", "depth", "kernel", "expansion")
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One choice to make. ``needs`` names a coordinate and the value it must reach for this one to mean anything."""
+
+    name: str
+    axis: str
+    choices: tuple[Value, ...]
+    needs: tuple[str, Value] | None = None
+
+
+class Space:
+    """A product of coordinates, some of which are idle where another one is small.
+
+    Args:
+        coordinates: in the order in which points list them; choices from the smallest to the largest.
+
+    Raises:
+        ValueError: a coordinate has no choices, or twice the same name, or needs one that is not there.
+    """
+
+    def __init__(self, coordinates: Sequence[Coordinate]) -> None:
+        self.coordinates = {c.name: c for c in coordinates}
+        if len(self.coordinates) != len(coordinates):
+            raise ValueError(f"coordinates: names must differ, got {[c.name for c in coordinates]}")
+        for c in coordinates:
+            if not c.choices or len(set(c.choices)) != len(c.choices):
+                raise ValueError(f"coordinates: {c.name} needs different choices, got {c.choices}")
+            if c.needs is not None and (c.needs[0] not in self.coordinates or self.coordinates[c.needs[0]].needs):
+                raise ValueError(f"coordinates: {c.name} needs {c.needs[0]!r}, which is not an unconditional one")
+
+    def __repr__(self) -> str:
+        return f"Space({len(self.coordinates)} coordinates, {self.size:.3g} architectures)"
+
+    @property
+    def smallest(self) -> Point:
+        """The first choice everywhere, idle coordinates at their last."""
+        return self.canonical(Point(**{c.name: c.choices[0] for c in self.coordinates.values()}))
+
+    @property
+    def largest(self) -> Point:
+        """The last choice everywhere."""
+        return Point(**{c.name: c.choices[-1] for c in self.coordinates.values()})
+
+    @property
+    def size(self) -> int:
+        """How many different architectures there are; choices of idle coordinates do not count."""
+        total = 1
+        for root in self.coordinates.values():
+            if root.needs is None:
+                total *= sum(self._followers(root.name, value) for value in root.choices)
+        return total
+
+    def _followers(self, root: str, value: Value) -> int:
+        """How many different choices hang on coordinate ``root`` being at ``value``."""
+        awake = [c for c in self.coordinates.values() if c.needs and c.needs[0] == root and value >= c.needs[1]]  # type: ignore[operator]
+        return math.prod(len(c.choices) for c in awake)
+
+    def __contains__(self, point: object) -> bool:
+        return (
+            isinstance(point, Mapping)
+            and set(point) == set(self.coordinates)
+            and all(point[c.name] in c.choices for c in self.coordinates.values())
+        )
+
+    def check(self, point: Mapping[str, Value]) -> Point:
+        """``point`` as a canonical point of the space.
+
+        Raises:
+            ValueError: it lies outside; the message names the coordinate and what is allowed.
+        """
+        unknown = sorted(set(point) - set(self.coordinates))
+        missing = [name for name in self.coordinates if name not in point]
+        if unknown or missing:
+            raise ValueError(
+                f"point: it must give exactly {', '.join(self.coordinates)}"
+                + (f"; unknown: {', '.join(unknown)}" if unknown else "")
+                + (f"; missing: {', '.join(missing)}" if missing else "")
+            )
+        for c in self.coordinates.values():
+            if point[c.name] not in c.choices:
+                raise ValueError(f"point: {c.name}={point[c.name]} is not one of {', '.join(map(str, c.choices))}")
+        return self.canonical(point)
+
+    def is_active(self, name: str, point: Mapping[str, Value]) -> bool:
+        """Whether coordinate ``name`` means anything at ``point``."""
+        needs = self.coordinates[name].needs
+        return needs is None or bool(point[needs[0]] >= needs[1])  # type: ignore[operator]
+
+    def canonical(self, point: Mapping[str, Value]) -> Point:
+        """The same architecture with idle coordinates at their largest, so that equal networks are equal points."""
+        return Point(
+            **{n: point[n] if self.is_active(n, point) else c.choices[-1] for n, c in self.coordinates.items()}
+        )
+
+    def enumerate(self) -> Iterator[Point]:
+        """Every architecture once."""
+        seen = set()
+        for values in product(*(c.choices for c in self.coordinates.values())):
+            point = self.canonical(Point(**dict(zip(self.coordinates, values, strict=True))))
+            if point not in seen:
+                seen.add(point)
+                yield point
+
+    def sample(self, generator: torch.Generator) -> Point:
+        """Every coordinate drawn uniformly and independently."""
+        return Point(**{c.name: _draw(c.choices, generator) for c in self.coordinates.values()})
+
+    def mutate(self, point: Mapping[str, Value], probability: float, generator: torch.Generator) -> Point:
+        """Each coordinate moves to *another* of its choices with ``probability``, where it has one."""
+        values = {}
+        for name, c in self.coordinates.items():
+            others = [v for v in c.choices if v != point[name]]
+            moves = bool(torch.rand((), generator=generator, dtype=torch.float64) < probability) and bool(others)
+            values[name] = _draw(others, generator) if moves else point[name]
+        return Point(**values)
+
+    def cross(self, a: Mapping[str, Value], b: Mapping[str, Value], generator: torch.Generator) -> Point:
+        """Each coordinate from one of two parents, with equal chances."""
+        return Point(**{name: _draw((a[name], b[name]), generator) for name in self.coordinates})
+
+    @property
+    def features(self) -> int:
+        """The length of ``encode``."""
+        return sum(len(c.choices) for c in self.coordinates.values())
+
+    def encode(self, point: Mapping[str, Value]) -> Tensor:
+        """(features,): one-hot for each coordinate, all zero where it is idle."""
+        parts = []
+        for name, c in self.coordinates.items():
+            hot = torch.zeros(len(c.choices))
+            if self.is_active(name, point):
+                hot[c.choices.index(point[name])] = 1.0
+            parts.append(hot)
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def restrict(self, choices: Mapping[str, Sequence[Value]]) -> Space:
+        """The part of the space where coordinates, named one by one or by their axis, have only ``choices``.
+
+        Of an axis each coordinate keeps the choices it has among those given.
+
+        Raises:
+            ValueError: a name is unknown, or nothing is left of a coordinate.
+        """
+        known = set(self.coordinates) | {c.axis for c in self.coordinates.values()}
+        if unknown := sorted(set(choices) - known):
+            raise ValueError(f"choices: {unknown[0]!r} is neither a coordinate nor an axis: {', '.join(sorted(known))}")
+        left = []
+        for c in self.coordinates.values():
+            allowed = choices.get(c.name, choices.get(c.axis, c.choices))
+            chosen = tuple(v for v in c.choices if v in allowed)
+            if not chosen:
+                raise ValueError(f"choices: {c.name} has none of {tuple(allowed)}; it has {c.choices}")
+            left.append(replace(c, choices=chosen))
+        return Space(left)
+
+    def __le__(self, other: Space) -> bool:
+        """Whether every point of this space is one of ``other``."""
+        return set(self.coordinates) == set(other.coordinates) and all(
+            set(c.choices) <= set(other.coordinates[c.name].choices) for c in self.coordinates.values()
+        )
+
+    def ladder(self, count: int) -> list[Point]:
+        """At most ``count`` points, smallest to largest, every coordinate at the same share of its range."""
+        found = []
+        for step in range(count):
+            share = step / (count - 1) if count > 1 else 1.0
+            values = {n: c.choices[math.floor(share * (len(c.choices) - 1) + 0.5)] for n, c in self.coordinates.items()}
+            found.append(self.canonical(Point(**values)))
+        return list(dict.fromkeys(found))
+
+
+def _draw(choices: Sequence[Value], generator: torch.Generator) -> Value:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+# -- the space of a network -------------------------------------------------------------------------------------------
+
+Shares = Sequence[float]
+Inner = Callable[[int, float], int]
+
+
+@dataclass
+class Stage:
+    """A stack of blocks, or channels outside of all stacks: what can be chosen there."""
+
+    name: str
+    blocks: int = 0
+    width: list[Group] = field(default_factory=list)  # the first one names the number of channels
+    inner: dict[int, list[Group]] = field(default_factory=dict)  # by block, in the order in which they run
+    kernels: dict[int, dict[str, int]] = field(default_factory=dict)  # by block: convolution -> full filter size
+
+
+class Axes:
+    """The axes of a network and the space that they span.
+
+    Args:
+        slicing: the channel groups and stacks of the network.
+        example: an input for it; with ``resolution`` an image batch (B, C, H, W).
+        width: shares of the channels of every stage, 1 among them; or {stage: numbers of channels} for some.
+        depth: shares of the blocks of every stage, 1 among them; or {stage: numbers of blocks} for some.
+        kernel: odd filter sizes. A convolution whose full size is among them, and not the least, can shrink.
+        expansion: shares of the full ratio of inner channels to the stream's, 1 among them; with ``inner`` the ratios.
+        resolution: heights of the input.
+        per_block: axes ("kernel", "expansion") whose choice is made block by block.
+        relative: what the expansion multiplies: the channels that enter the block ("in") or its stage's ("out").
+        inner: ``inner(channels, expansion)``: the inner channels, where a published network has a rule of its own.
+
+    Sizes are rounded by ``make_divisible`` to whole units of each group (heads, the divisor). Choices that round to
+    the same size are one choice.
+
+    Raises:
+        ValueError: a choice is impossible, or the smallest network does not run; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        slicing: Slicing,
+        example: Input,
+        *,
+        width: Shares | Mapping[str, Sequence[int]] = (1.0,),
+        depth: Shares | Mapping[str, Sequence[int]] = (1.0,),
+        kernel: Sequence[int] = (),
+        expansion: Sequence[float] = (1.0,),
+        resolution: Sequence[int] = (),
+        per_block: Sequence[str] = (),
+        relative: Literal["in", "out"] = "in",
+        inner: Inner | None = None,
+    ) -> None:
+        self.slicing, self.relative, self.inner = slicing, relative, inner
+        if relative not in ("in", "out"):
+            raise ValueError(f"relative: {relative!r} is not one of in, out")
+        for axis in per_block:
+            if axis not in ("kernel", "expansion"):
+                raise ValueError(f"per_block: {axis!r} is not one of kernel, expansion")
+        self.full_expansion = max(expansion, default=1.0)
+        self.example = take(example, slice(0, 1))
+        self.stages = self._find_stages(_check_kernels(kernel))
+        self._networks: OrderedDict[Point, SubNetwork] = OrderedDict()
+        self._meta = skeleton_of(slicing.model)
+        coordinates = self._resolutions(resolution, example)
+        widths, depths = self._widths(width), self._depths(depth)
+        ratios = _check_numbers("expansion", expansion, inner is None)
+        for stage in self.stages.values():
+            name = f"{stage.name}." if stage.name else ""
+            if len(widths[stage.name]) > 1:
+                coordinates.append(Coordinate(f"{name}width", "width", widths[stage.name]))
+            if len(depths[stage.name]) > 1:
+                coordinates.append(Coordinate(f"{name}depth", "depth", depths[stage.name]))
+            filters = {i: tuple(k for k in sorted(set(kernel)) if k <= max(found.values()))
+                       for i, found in stage.kernels.items()}  # fmt: skip
+            swelling = dict.fromkeys(stage.inner, tuple(ratios))
+            for axis, by_block in (("kernel", filters), ("expansion", swelling)):
+                if axis in per_block:
+                    for i, choices in sorted(by_block.items()):
+                        varies = len(depths[stage.name]) > 1 and i >= int(depths[stage.name][0])
+                        needs = (f"{name}depth", i + 1) if varies else None
+                        coordinates += (
+                            [Coordinate(f"{name}{i}.{axis}", axis, choices, needs)] if len(choices) > 1 else []
+                        )
+                elif choices := max(by_block.values(), key=len, default=()):
+                    coordinates += [Coordinate(f"{name}{axis}", axis, choices)] if len(choices) > 1 else []
+        self.space = Space(coordinates)
+        for axis, given in (("kernel", kernel), ("expansion", expansion), ("width", width), ("depth", depth)):
+            asked = any(len(c) > 1 for c in given.values()) if isinstance(given, Mapping) else len(set(given)) > 1
+            if asked and not any(c.axis == axis for c in coordinates):
+                raise ValueError(f"{axis}: nothing in the model can change along it ({given}); leave it out")
+        self._try(example)
+
+    # -- reading the network ----------------------------------------------------------------------------------------
+
+    def _place(self, name: str) -> tuple[str, int] | None:
+        """The stack and the block that a module belongs to."""
+        for stack in self.slicing.stacks:
+            if name.startswith(f"{stack}."):
+                index = name[len(stack) + 1 :].split(".", 1)[0]
+                if index.isdecimal():
+                    return stack, int(index)
+        return None
+
+    def _find_stages(self, kernel: Sequence[int]) -> dict[str, Stage]:
+        stages = {name: Stage(name, blocks) for name, blocks in self.slicing.stacks.items()}
+        order = {name: i for i, (name, _) in enumerate(self.slicing.model.named_modules())}
+        clusters: dict[frozenset[str], list[Group]] = {}
+        for group in self.slicing.groups:
+            clusters.setdefault(group.linked, []).append(group)
+        for cluster in clusters.values():
+            members = [m for g in cluster for m in g.members]
+            places = {self._place(m.module) for m in members}
+            if len(places) == 1 and (place := next(iter(places))) is not None:
+                stages[place[0]].inner.setdefault(place[1], []).extend(cluster)
+                continue
+            votes = Counter(p[0] for m in members if m.side == "out" and (p := self._place(m.module)) is not None)
+            name = votes.most_common(1)[0][0] if votes else cluster[0].name
+            stages.setdefault(name, Stage(name)).width.extend(sorted(cluster, key=lambda g: -g.channels))
+        for stage in stages.values():
+            stage.width.sort(key=lambda g: -g.channels)
+            for groups in stage.inner.values():
+                groups.sort(key=lambda g: min(order.get(m.module, 0) for m in g.members if m.side != "in"))
+        least = min(kernel, default=0)
+        for name, module in self.slicing.model.named_modules():
+            place = self._place(name)
+            if place is not None and isinstance(module, _ConvNd) and module.kernel_size[0] in kernel:
+                full = module.kernel_size[0]
+                if full > least and all(can_crop(module, k) for k in kernel if k <= full):
+                    stages[place[0]].kernels.setdefault(place[1], {})[name] = full
+        self._feeders = self._find_feeders()
+        return dict(sorted(stages.items(), key=lambda s: order.get(s[0], -1)))
+
+    def _find_feeders(self) -> dict[str, Group | None]:
+        """For each group, the group whose channels enter the layer that makes it."""
+        into = {m.module: g for g in self.slicing.groups for m in g.members if m.side == "in"}
+        feeders: dict[str, Group | None] = {}
+        for group in self.slicing.groups:
+            makers = [m.module for m in group.members if m.side == "out"]
+            found = [into[name] for name in makers if name in into and into[name] is not group]
+            feeders[group.name] = found[0] if found else None
+        return feeders
+
+    def _resolutions(self, resolution: Sequence[int], example: Input) -> list[Coordinate]:
+        if not resolution:
+            return []
+        if first_tensor(example).ndim != 4:
+            shape = tuple(first_tensor(example).shape)
+            raise ValueError(f"resolution: needs images (B, C, H, W), the example has shape {shape}")
+        if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in resolution):
+            raise ValueError(f"resolution: {tuple(resolution)} must be positive whole numbers of pixels")
+        # One choice is a coordinate too: it tells the size that inputs are brought to.
+        return [Coordinate("resolution", "resolution", tuple(sorted(set(resolution))))]
+
+    def _widths(self, width: Shares | Mapping[str, Sequence[int]]) -> dict[str, tuple[Value, ...]]:
+        if isinstance(width, Mapping):
+            named = {n for n, s in self.stages.items() if s.width}
+            if unknown := sorted(set(width) - named):
+                raise ValueError(
+                    f"width: {unknown[0]!r} is not a stage with channels to cut; allowed: {', '.join(named)}"
+                )
+        else:
+            _check_numbers("width", width, True)
+        found: dict[str, tuple[Value, ...]] = {}
+        for name, stage in self.stages.items():
+            main = stage.width[0] if stage.width else None
+            if main is None:
+                found[name] = ()
+            elif isinstance(width, Mapping):
+                choices = sorted(set(width.get(name, (main.channels,))))
+                if choices[-1] != main.channels or choices[0] < 1 or any(c % main.bundle for c in choices):
+                    raise ValueError(
+                        f"width: {name} has {main.channels} channels; choices must be multiples of {main.bundle} "
+                        f"up to and with {main.channels}, got {choices}"
+                    )
+                found[name] = tuple(choices)
+            else:
+                found[name] = tuple(sorted({_size(main, w) for w in width}))
+        return found
+
+    def _depths(self, depth: Shares | Mapping[str, Sequence[int]]) -> dict[str, tuple[Value, ...]]:
+        if isinstance(depth, Mapping):
+            if unknown := sorted(set(depth) - set(self.slicing.stacks)):
+                allowed = ", ".join(self.slicing.stacks) or "none was found; name them: stacks=['blocks']"
+                raise ValueError(f"depth: {unknown[0]!r} is not a stack of blocks; allowed: {allowed}")
+        else:
+            _check_numbers("depth", depth, True)
+        found: dict[str, tuple[Value, ...]] = {}
+        for name, stage in self.stages.items():
+            if isinstance(depth, Mapping):
+                choices = sorted(set(depth.get(name, (stage.blocks,))))
+                if choices[-1] != stage.blocks or choices[0] < 0:
+                    raise ValueError(
+                        f"depth: {name} has {stage.blocks} blocks; choices must reach from 0 to it and contain it, "
+                        f"got {choices}"
+                    )
+                found[name] = tuple(choices)
+            else:
+                found[name] = tuple(sorted({kept(stage.blocks, d) for d in depth})) if stage.blocks else ()
+        return found
+
+    def _try(self, example: Input) -> None:
+        """The smallest network, and the smallest along each axis alone, must run and keep the output's shape."""
+        largest, smallest = self.space.largest, self.space.smallest
+        axes = {c.axis for c in self.space.coordinates.values()}
+        for axis in [*sorted(axes), "every axis at once"]:
+            values = {
+                n: smallest[n] if axis in (c.axis, "every axis at once") else largest[n]
+                for n, c in self.space.coordinates.items()
+            }
+            point = self.space.canonical(Point(**values))
+            network = self.network(point)
+            try:
+                with evaluating(network.skeleton), torch.no_grad():
+                    shape = tuple(logits(network.run(self.slicing.model, self.resized(example, point))).shape)
+            except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+                raise ValueError(f"{axis}: the model does not run at {point}: {error}") from error
+            if shape != self.slicing.shape:
+                raise ValueError(f"{axis}: at {point} the output has shape {shape}, not {self.slicing.shape}")
+
+    # -- the network of a point ---------------------------------------------------------------------------------------
+
+    def sizes(self, point: Mapping[str, Value]) -> dict[str, int]:
+        """Kept channels of every group at ``point``."""
+        found: dict[str, int] = {}
+        for stage in self.stages.values():
+            name = f"{stage.name}." if stage.name else ""
+            for group in stage.width:
+                main = stage.width[0]
+                channels = int(point.get(f"{name}width", main.channels))
+                found[group.name] = channels if group is main else _size(group, channels / main.channels)
+        for stage in self.stages.values():
+            name = f"{stage.name}." if stage.name else ""
+            for block, groups in stage.inner.items():
+                e = point.get(f"{name}{block}.expansion", point.get(f"{name}expansion", self.full_expansion))
+                inside = {g.name for g in groups}
+                done: dict[frozenset[str], float] = {}
+                for group in groups:
+                    if group.linked in done:  # bound by a grouped convolution: the same share of it
+                        found[group.name] = round(group.channels * done[group.linked])
+                        continue
+                    feeder = self._feeders[group.name]
+                    follows = feeder is not None and feeder.name in inside and feeder.name in found
+                    source = feeder if follows or self.relative == "in" or not stage.width else stage.width[0]
+                    found[group.name] = self._inner_size(group, source, found, float(e), follows)
+                    done[group.linked] = found[group.name] / group.channels
+        return found
+
+    def _inner_size(self, group: Group, source: Group | None, found: Mapping[str, int], e: float, follows: bool) -> int:
+        """Channels of an inner group: its full ratio to ``source``, times the expansion unless it follows another."""
+        active = found.get(source.name, source.channels) if source is not None else 0
+        if self.inner is not None and source is not None and not follows:
+            size = self.inner(active, e)
+            full = self.inner(source.channels, self.full_expansion)
+            if full != group.channels:
+                raise ValueError(
+                    f"inner: it gives {full} channels for the full network's {group.name!r}, which has {group.channels}"
+                )
+            return min(size, group.channels)
+        share = active / source.channels if source is not None else 1.0
+        return _size(group, share if follows else share * e / self.full_expansion)
+
+    def depths(self, point: Mapping[str, Value]) -> dict[str, int]:
+        """Kept blocks of every stack at ``point``."""
+        return {n: int(point.get(f"{n}.depth" if n else "depth", s.blocks)) for n, s in self.stages.items() if s.blocks}
+
+    def kernels(self, point: Mapping[str, Value]) -> dict[str, int]:
+        """Filter sizes at ``point`` of the convolutions that can shrink."""
+        found = {}
+        for stage in self.stages.values():
+            name = f"{stage.name}." if stage.name else ""
+            for block, convolutions in stage.kernels.items():
+                for convolution, full in convolutions.items():
+                    size = point.get(f"{name}{block}.kernel", point.get(f"{name}kernel", full))
+                    found[convolution] = min(int(size), full)
+        return found
+
+    def network(self, point: Mapping[str, Value]) -> SubNetwork:
+        """The sub-network of a point of the space; the last 256 are kept.
+
+        Raises:
+            ValueError: ``point`` is outside the space.
+        """
+        known = self.space.check(point)
+        if known in self._networks:
+            self._networks.move_to_end(known)
+            return self._networks[known]
+        network = self.slicing.build(self.sizes(known), self.depths(known), self.kernels(known))
+        self._networks[known] = network
+        if len(self._networks) > 256:
+            self._networks.popitem(last=False)
+        return network
+
+    def resized(self, x: Input, point: Mapping[str, Value]) -> Any:
+        """``x`` with its images (B, C, H, W) at the resolution of ``point``: bicubic, unless they have it."""
+        if "resolution" not in point:
+            return x
+        height = int(point["resolution"])
+
+        def resize(t: Tensor) -> Tensor:
+            if t.ndim != 4 or t.shape[2] == height:
+                return t
+            return F.interpolate(t, size=self.image_size(t, point), mode="bicubic", align_corners=False)
+
+        return map_tensors(x, resize)
+
+    def image_size(self, x: Tensor, point: Mapping[str, Value]) -> tuple[int, int]:
+        """Height and width of images (B, C, H, W) at the resolution of ``point``."""
+        height = int(point["resolution"])
+        return height, max(1, round(x.shape[3] * height / x.shape[2]))
+
+    # -- costs --------------------------------------------------------------------------------------------------------
+
+    def flops(self, point: Mapping[str, Value]) -> int:
+        """FLOPs for one sample at ``point`` (2 per multiply-add), counted on tensors that hold no numbers."""
+        network = self.network(point)
+        x = map_tensors(self.resized(self.example, point), lambda t: t.to("meta"))
+        with evaluating(network.skeleton):
+            return count_flops(lambda: network.run(self._meta, x), nonzero=False).total // rows_of(x)
+
+    def parameters(self, point: Mapping[str, Value]) -> int:
+        """Parameters at ``point``, tied ones once."""
+        network = self.network(point)
+        names = [name for name, _ in network.skeleton.named_parameters()]
+        views = network.views(self._meta)
+        return sum(views[name].numel() for name in names)
+
+
+def _size(group: Group, share: float) -> int:
+    return min(group.channels, make_divisible(group.channels * share, group.bundle))
+
+
+def _check_numbers(name: str, values: Sequence[float], shares: bool) -> list[float]:
+    if not values or any(v <= 0 for v in values) or (shares and max(values) != 1):
+        raise ValueError(
+            f"{name}: {tuple(values)} must be " + ("shares in (0, 1] with 1 among them" if shares else "positive")
+        )
+    return sorted(set(values))
+
+
+def _check_kernels(kernel: Sequence[int]) -> Sequence[int]:
+    if any(isinstance(k, bool) or not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel):
+        raise ValueError(f"kernel: {tuple(kernel)} must be odd positive filter sizes")
+    return kernel
