@@ -51,6 +51,17 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="bignas",
+        path="pliant.elastic.bignas:BigNAS",
+        title="BigNAS: scaling up neural architecture search with big single-stage models",
+        year=2020,
+        arxiv="2003.11142",
+        what="resolution, width, depth, kernel size and expansion of one set of weights",
+        by="a coarse-to-fine search under a cap of FLOPs or measured latency",
+        when="per deployment",
+        task="images",
+    ),
+    Entry(
         slug="rd-pruning",
         path="pliant.sparsity.rd_pruning:RDPruning",
         title="Efficient joint optimization of layer-adaptive weight pruning in deep neural networks",

@@ -18,7 +18,6 @@ from pliant.core.inputs import (
     device_of,
     evaluating,
     logits,
-    rows_of,
     split_batch,
     take,
     to_device,
@@ -192,23 +191,39 @@ def _deployed(net: Dynamic, point: Point) -> tuple[nn.Module, bool]:
         return net.use(point), False
 
 
+def evaluate(net: nn.Module, data: Iterable[Batch], metric: Metric = accuracy) -> float:
+    """``metric`` of a network in evaluation mode over all of ``data``.
+
+    Raises:
+        ValueError: ``data`` is empty.
+    """
+    with evaluating(net), torch.no_grad():
+        return _predict(net, data, metric, device_of(net))[0]
+
+
 def _run(net: nn.Module, data: Iterable[Batch], metric: Metric, device: torch.device) -> tuple[float, int, int]:
     """Quality and mean FLOPs per sample over ``data``, in one pass: what is counted is what answered."""
-    outputs: list[Tensor] = []
-    targets: list[Any] = []
-    samples = 0
+    found = (0.0, 0)
 
     def predict() -> None:
-        nonlocal samples
-        for batch in data:
-            x, y = split_batch(batch)
-            outputs.append(logits(call(net, to_device(x, device))).float().cpu())
-            targets.append(y)
-            samples += rows_of(x)
+        nonlocal found
+        found = _predict(net, data, metric, device)
 
     with evaluating(net):
         counted = count_flops(predict)
-    if not samples:
+    quality, samples = found
+    return quality, round(counted.total / samples), round(counted.nonzero / samples)
+
+
+def _predict(net: nn.Module, data: Iterable[Batch], metric: Metric, device: torch.device) -> tuple[float, int]:
+    """The metric over all of ``data``, and its number of samples."""
+    outputs: list[Tensor] = []
+    targets: list[Any] = []
+    for batch in data:
+        x, y = split_batch(batch)
+        outputs.append(logits(call(net, to_device(x, device))).float().cpu())
+        targets.append(y)
+    if not outputs:
         raise ValueError("data: it has no batches, so there is nothing to measure")
     quality = metric(torch.cat(outputs), torch.cat([t.cpu() for t in targets]))
-    return quality, round(counted.total / samples), round(counted.nonzero / samples)
+    return quality, sum(len(o) for o in outputs)

@@ -128,14 +128,14 @@ def inputs_of(data: Iterable[Any] | Input) -> Iterator[Input]:
         yield batch if isinstance(batch, Tensor) else split_batch(batch)[0]
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(output: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross entropy of ``output`` (B, C, ...) against class indices ``target`` (B, ...), or class probabilities.
 
     Raises:
         ValueError: a label is outside ``0..C-1`` (checked where the check costs no synchronisation, on CPU).
     """
     try:
-        return F.cross_entropy(output, target)
+        return F.cross_entropy(output, target, label_smoothing=label_smoothing)
     except IndexError:
         low, high = int(target.min()), int(target.max())
         classes = output.shape[1] if output.ndim > 1 else output.shape[0]

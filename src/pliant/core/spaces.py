@@ -216,6 +216,7 @@ def _draw(choices: Sequence[Value], generator: torch.Generator) -> Value:
 
 Shares = Sequence[float]
 Inner = Callable[[int, float], int]
+_WIDTH, _DEPTH, _EXPANSION = (0.5, 0.75, 1.0), (0.5, 1.0), (0.5, 0.75, 1.0)
 
 
 @dataclass
@@ -244,6 +245,9 @@ class Axes:
         relative: what the expansion multiplies: the channels that enter the block ("in") or its stage's ("out").
         inner: ``inner(channels, expansion)``: the inner channels, where a published network has a rule of its own.
 
+    None for width, depth or expansion stands for a default where the network can change along it, and for nothing where
+    it cannot.
+
     Sizes are rounded by ``make_divisible`` to whole units of each group (heads, the divisor). Choices that round to
     the same size are one choice.
 
@@ -256,16 +260,20 @@ class Axes:
         slicing: Slicing,
         example: Input,
         *,
-        width: Shares | Mapping[str, Sequence[int]] = (1.0,),
-        depth: Shares | Mapping[str, Sequence[int]] = (1.0,),
+        width: Shares | Mapping[str, Sequence[int]] | None = (1.0,),
+        depth: Shares | Mapping[str, Sequence[int]] | None = (1.0,),
         kernel: Sequence[int] = (),
-        expansion: Sequence[float] = (1.0,),
+        expansion: Sequence[float] | None = (1.0,),
         resolution: Sequence[int] = (),
         per_block: Sequence[str] = (),
         relative: Literal["in", "out"] = "in",
         inner: Inner | None = None,
     ) -> None:
         self.slicing, self.relative, self.inner = slicing, relative, inner
+        asked = {"kernel": kernel, "expansion": expansion, "width": width, "depth": depth}
+        width = _WIDTH if width is None else width
+        depth = _DEPTH if depth is None else depth
+        expansion = _EXPANSION if expansion is None else expansion
         if relative not in ("in", "out"):
             raise ValueError(f"relative: {relative!r} is not one of in, out")
         for axis in per_block:
@@ -299,9 +307,9 @@ class Axes:
                 elif choices := max(by_block.values(), key=len, default=()):
                     coordinates += [Coordinate(f"{name}{axis}", axis, choices)] if len(choices) > 1 else []
         self.space = Space(coordinates)
-        for axis, given in (("kernel", kernel), ("expansion", expansion), ("width", width), ("depth", depth)):
-            asked = any(len(c) > 1 for c in given.values()) if isinstance(given, Mapping) else len(set(given)) > 1
-            if asked and not any(c.axis == axis for c in coordinates):
+        for axis, given in asked.items():
+            lists: list[Any] = list(given.values()) if isinstance(given, Mapping) else [given or ()]
+            if any(len(set(c)) > 1 for c in lists) and not any(c.axis == axis for c in coordinates):
                 raise ValueError(f"{axis}: nothing in the model can change along it ({given}); leave it out")
         self._try(example)
 
@@ -328,8 +336,7 @@ class Axes:
             if len(places) == 1 and (place := next(iter(places))) is not None:
                 stages[place[0]].inner.setdefault(place[1], []).extend(cluster)
                 continue
-            votes = Counter(p[0] for m in members if m.side == "out" and (p := self._place(m.module)) is not None)
-            name = votes.most_common(1)[0][0] if votes else cluster[0].name
+            name = self._home(cluster, order)
             stages.setdefault(name, Stage(name)).width.extend(sorted(cluster, key=lambda g: -g.channels))
         for stage in stages.values():
             stage.width.sort(key=lambda g: -g.channels)
@@ -345,6 +352,20 @@ class Axes:
         self._feeders = self._find_feeders()
         return dict(sorted(stages.items(), key=lambda s: order.get(s[0], -1)))
 
+    def _home(self, cluster: Sequence[Group], order: Mapping[str, int]) -> str:
+        """The stage of channels that reach beyond one block: where most blocks make them.
+
+        Channels that are made outside of the stages and go through one block only, as a stem's do into a block without
+        an expansion, are a stage of their own, named after the layer that makes them.
+        """
+        made = [m.module for g in cluster for m in g.members if m.side == "out"] or [cluster[0].name]
+        places = {self._place(name) for name in made}
+        votes = Counter(place[0] for place in places if place is not None)
+        stack, blocks = votes.most_common(1)[0] if votes else ("", 0)
+        if blocks > 1 or None not in places:
+            return stack
+        return min((n for n in made if self._place(n) is None), key=lambda n: order.get(n, 0))
+
     def _find_feeders(self) -> dict[str, Group | None]:
         """For each group, the group whose channels enter the layer that makes it."""
         into = {m.module: g for g in self.slicing.groups for m in g.members if m.side == "in"}
@@ -358,9 +379,9 @@ class Axes:
     def _resolutions(self, resolution: Sequence[int], example: Input) -> list[Coordinate]:
         if not resolution:
             return []
-        if first_tensor(example).ndim != 4:
-            shape = tuple(first_tensor(example).shape)
-            raise ValueError(f"resolution: needs images (B, C, H, W), the example has shape {shape}")
+        shape = tuple(first_tensor(example).shape)
+        if not isinstance(example, Tensor) or len(shape) != 4:
+            raise ValueError(f"resolution: needs one tensor of images (B, C, H, W), the example has shape {shape}")
         if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in resolution):
             raise ValueError(f"resolution: {tuple(resolution)} must be positive whole numbers of pixels")
         # One choice is a coordinate too: it tells the size that inputs are brought to.

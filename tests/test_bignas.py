@@ -1,0 +1,626 @@
+"""Every exact property of BigNAS: slices, the zero start, the sandwich's gradient, rate, calibration, search."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pliant
+from pliant.core.cost import flops_per_sample
+from pliant.core.dynamic import Point
+from pliant.core.training import fit
+from pliant.elastic.bignas import (
+    PAPER_ROWS,
+    BigNAS,
+    DropConnect,
+    MBConv,
+    MobileNet,
+    Row,
+    exponential_constant,
+    grid,
+    last_norms,
+)
+from pliant.tasks.images import ResidualBlock, SmallResNet
+
+ROWS = (Row((8, 16), (1, 2), (3,), 1, 1), Row((16, 24), (1, 2, 3), (3, 5), 4, 2), Row((24, 32), (1, 2), (3, 5), 4, 2))
+
+
+def _mobile(dropout: float = 0.0, drop_connect: float = 0.0, **options: Any) -> BigNAS:
+    torch.manual_seed(0)
+    model = MobileNet(
+        5, 2, rows=ROWS, stem=(16, 24), head=(32, 48), stem_stride=1, dropout=dropout, drop_connect=drop_connect
+    )
+    return BigNAS(model, torch.randn(4, 2, 14, 14), **{"resolution": (9, 12, 14), **model.choices(), **options})
+
+
+def _resnet(**options: Any) -> BigNAS:
+    torch.manual_seed(0)
+    return BigNAS(SmallResNet(1, 4, (8, 16), 2), torch.randn(4, 1, 12, 12), **options)
+
+
+def _batch(net: BigNAS, rows: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    assert isinstance(net.example, Tensor)
+    x = torch.randn(rows, *net.example.shape[1:], generator=generator)
+    return x, torch.randint(4, (rows,), generator=generator)
+
+
+def _data(net: BigNAS, batches: int = 3) -> list[tuple[Tensor, Tensor]]:
+    x, y = _batch(net, 8 * batches)
+    return list(zip(x.split(8), y.split(8), strict=True))
+
+
+def _random_weights(net: BigNAS) -> BigNAS:
+    """Scales and shifts as after training, so that nothing is hidden by ones and zeros."""
+    torch.manual_seed(3)
+    for module in net.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+    return net
+
+
+# -- 1: slice = extract ---------------------------------------------------------------------------------------------
+
+_MOBILE = _random_weights(_mobile())
+_RESNET = _random_weights(_resnet(resolution=(8, 12)))
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["mobile", "resnet"]))
+@settings(max_examples=40, deadline=None)
+def test_slice_is_extract_in_training_and_evaluation(seed: int, which: str) -> None:
+    net = _MOBILE if which == "mobile" else _RESNET
+    point = net.space.canonical(net.space.sample(torch.Generator().manual_seed(seed)))
+    x, _ = _batch(net)
+    net.calibrate(_data(net), points=[point])
+    child = net.extract(point)
+    net.use(point)
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), child.eval()(x))
+        assert torch.equal(net.train()(x), child.train()(x))
+
+
+def test_extracted_networks_hold_nothing_of_pliant() -> None:
+    net = _mobile()
+    net.calibrate(_data(net))
+    for point in net.points():
+        child = net.extract(point)
+        assert not [m for m in child.modules() if type(m).__module__.startswith("pliant")]
+        assert all(p.is_contiguous() for p in child.parameters())
+
+
+def test_extracted_networks_can_be_trained_and_exported() -> None:
+    net = _mobile()
+    net.calibrate(_data(net))
+    child = net.extract(net.points()[0])
+    norms = [m for m in child.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.momentum == 0.1 for m in norms)
+    x, y = _batch(net)
+    F.cross_entropy(child.train()(x), y).backward()
+    program = torch.export.export(child.eval(), (x,))
+    assert torch.equal(program.module()(x), child(x))
+
+
+def test_shortcut_is_what_the_active_widths_need() -> None:
+    net = _mobile()
+    same = {**net.space.largest, "stages.0.width": 16, "stages.1.width": 16}
+    other = {**net.space.largest, "stages.0.width": 16, "stages.1.width": 24}
+    for point, kind in ((same, nn.Identity), (other, nn.Conv2d)):
+        block = net.axes.network(Point(**point)).skeleton.get_submodule("stages.1.0")
+        assert isinstance(block, MBConv)
+        assert isinstance(block.shortcut, kind)
+    net.calibrate(_data(net), points=[same])
+    child = net.extract(same)
+    assert net.axes.parameters(same) == sum(p.numel() for p in child.parameters())
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 8), (7, 8)])
+def test_pooled_shortcut_against_its_definition(size: tuple[int, int]) -> None:
+    block = MBConv(3, 3, 3, 2, 2).eval()
+    for p in block.project.parameters():
+        nn.init.zeros_(p)
+    x = torch.randn(2, 3, *size)
+    padded = F.pad(x, (size[1] % 2, size[1] % 2, size[0] % 2, size[0] % 2))
+    expected = torch.zeros(2, 3, (size[0] + 1) // 2, (size[1] + 1) // 2)
+    for i in range(expected.shape[2]):
+        for j in range(expected.shape[3]):
+            expected[:, :, i, j] = padded[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].sum((2, 3)) / 4
+    torch.testing.assert_close(block(x), expected)
+
+
+# -- 2: zero-gamma identity -----------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=15, deadline=None)
+def test_every_block_starts_as_its_shortcut(seed: int) -> None:
+    net = _ZERO
+    point = net.space.canonical(net.space.sample(torch.Generator().manual_seed(seed)))
+    net.calibrate(_data(net), points=[point])
+    skeleton = net.axes.network(point).skeleton
+    seen = []
+
+    def check(module: nn.Module, args: Any, output: Tensor) -> None:
+        assert isinstance(module, MBConv)
+        x = args[0]
+        if module.stride > 1:
+            x = F.avg_pool2d(F.pad(x, (x.shape[3] % 2, 0, x.shape[2] % 2, 0)), 2)
+        assert torch.equal(output, module.shortcut(x))
+        seen.append(output)
+
+    handles = [m.register_forward_hook(check) for m in skeleton.modules() if isinstance(m, MBConv)]
+    net.use(point)
+    with torch.no_grad():
+        net.train()(_batch(net)[0])
+        net.eval()(_batch(net)[0])
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == 2 * sum(net.axes.depths(point).values())
+
+
+_ZERO = _mobile(zero_gamma=True)
+
+
+def test_last_norms_tells_the_branch_from_the_shortcut() -> None:
+    model = SmallResNet(1, 4, (8, 16), 2)
+    found = last_norms(model, torch.randn(2, 1, 12, 12), ["stages.0", "stages.1"])
+    names = {id(m): n for n, m in model.named_modules()}
+    assert [names[id(m)] for m in found] == [f"stages.{s}.{b}.norm2" for s in (0, 1) for b in (0, 1)]
+
+
+def test_blocks_without_a_last_norm_are_named() -> None:
+    class PreNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.linear(self.norm(x))  # type: ignore[no-any-return]
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(PreNorm(), PreNorm()), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=r"zero_gamma: the residual branch of '1.0' does not end"):
+        BigNAS(model, torch.randn(2, 6), zero_gamma=True)
+    with pytest.raises(ValueError, match="zero_gamma: no stack of blocks"):
+        BigNAS(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 6), zero_gamma=True)
+
+
+# -- 3, 4: gradients ------------------------------------------------------------------------------------------------
+
+
+def _gradients(net: BigNAS, loss: Tensor) -> list[Tensor]:
+    net.zero_grad()
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.model.parameters()]
+
+
+def test_inplace_distillation_gradient() -> None:
+    net = _resnet(n_random=0)
+    x, _ = _batch(net)
+    captured: list[Tensor] = []
+    run = net._run
+
+    def capture(point: Point, x: Any, regularized: bool = True) -> Any:
+        out = run(point, x, regularized)
+        out.retain_grad()
+        captured.append(out)
+        return out
+
+    net._run = capture  # type: ignore[method-assign]
+    net.loss(_batch(net)).backward()
+    teacher, child = captured
+    expected = (child.softmax(1) - teacher.detach().softmax(1)) / len(x)
+    torch.testing.assert_close(child.grad, expected, rtol=1e-5, atol=1e-7)
+    logits = child.detach().requires_grad_()
+    F.kl_div(logits.log_softmax(1), teacher.detach().softmax(1), reduction="batchmean").backward()
+    torch.testing.assert_close(child.grad, logits.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_of_the_largest_alone_get_the_label_gradient() -> None:
+    net = _resnet(n_random=0, label_smoothing=0.1)
+    x, y = _batch(net)
+    both = _gradients(net, net.train().loss((x, y)))
+    alone = _gradients(net, F.cross_entropy(net.use(net.space.largest)(x), y, label_smoothing=0.1))
+    small = net.axes.network(net.space.smallest)
+    only = [n for n, _ in net.model.named_parameters() if n not in dict(small.skeleton.named_parameters())]
+    assert only
+    names = [n for n, _ in net.model.named_parameters()]
+    for name in only:
+        assert torch.equal(both[names.index(name)], alone[names.index(name)]), name
+    differ = [n for n, a, b in zip(names, both, alone, strict=True) if not torch.equal(a, b)]
+    assert "head.bias" in differ
+
+
+def test_the_step_is_the_sum_of_separate_gradients() -> None:
+    for reduce in ("sum", "mean"):
+        net = _resnet(reduce=reduce, resolution=(8, 12)).train()
+        x, y = _batch(net)
+        total = _gradients(net, net.loss((x, y)))
+        net.draws.zero_()
+        children = net.draw()
+        assert len(children) == 3
+        assert children[-1] == net.space.smallest
+        out = net.use(net.space.largest)(x)
+        parts = [_gradients(net, F.cross_entropy(out, y, label_smoothing=0.1))]
+        z = out.detach().softmax(1)
+        for child in children:
+            logp = net.use(child)(x).log_softmax(1)
+            parts.append(_gradients(net, -(z * logp).sum(1).mean()))
+        for i, grad in enumerate(total):
+            expected = torch.stack([p[i] for p in parts]).sum(0) / (1 if reduce == "sum" else 4)
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_random_children_are_uniform_and_repeatable() -> None:
+    net = _resnet(resolution=(8, 12), n_random=4)
+    drawn = [p for _ in range(300) for p in net.draw()[:-1]]
+    for name, c in net.space.coordinates.items():
+        expected = len(drawn) / len(c.choices)
+        chi2 = sum((sum(p[name] == v for p in drawn) - expected) ** 2 / expected for v in c.choices)
+        assert chi2 < 16.3, name  # at most three degrees of freedom, p = 0.001
+    net.draws.zero_()
+    assert [p for _ in range(10) for p in net.draw()[:-1]] == drawn[:40]
+
+
+def test_dropout_acts_in_the_largest_child_alone() -> None:
+    net = _mobile(dropout=0.5, drop_connect=0.4).train()
+    x, _ = _batch(net)
+    small, large = net.space.smallest, net.space.largest
+    with torch.no_grad():
+        assert torch.equal(net._run(small, x, regularized=False), net._run(small, x, regularized=False))
+        assert not torch.equal(net._run(large, x, regularized=True), net._run(large, x, regularized=True))
+        # the same skeleton serves both: what was switched off comes on again
+        net._run(large, x, regularized=False)
+        assert not torch.equal(net._run(large, x, regularized=True), net._run(large, x, regularized=True))
+    used: list[bool] = []
+    run = net._run
+
+    def capture(point: Point, x: Any, regularized: bool = True) -> Any:
+        used.append(regularized)
+        return run(point, x, regularized)
+
+    net._run = capture  # type: ignore[method-assign]
+    net.loss(_batch(net))
+    assert used == [True, False, False, False]
+    net.regularize = "all"
+    net.loss(_batch(net))
+    assert used[4:] == [True] * 4
+
+
+def test_drop_connect_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = DropConnect(0.25).train()
+    out = drop(torch.ones(4000, 3))
+    assert set(out.flatten().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert torch.equal(out[:, 0], out[:, 2])  # whole samples
+    assert abs(out.mean().item() - 1) < 0.05
+    assert torch.equal(drop.eval()(out), out)
+    with pytest.raises(ValueError, match="drop_connect: 1"):
+        DropConnect(1.0)
+
+
+# -- 5: reduction to ordinary training ------------------------------------------------------------------------------
+
+
+def test_a_space_of_one_point_is_ordinary_training() -> None:
+    options: dict[str, Any] = {"width": (1.0,), "depth": (1.0,), "expansion": (1.0,), "n_random": 0}
+    net = _resnet(label_smoothing=0.0, **options)
+    assert net.space.size == 1
+    assert net.points() == [Point()]
+    plain = copy.deepcopy(net.model)
+    plain.train()
+    data = _data(net, 6)
+    a = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    b = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    net.train()
+    for x, y in data:
+        for optimizer, loss in ((a, net.loss((x, y))), (b, F.cross_entropy(plain(x), y))):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for p, q in zip(net.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+# -- 6: the rate ----------------------------------------------------------------------------------------------------
+
+
+def test_rate() -> None:
+    factor = exponential_constant(365)
+    values = [factor(t / 3650) for t in range(3651)]
+    warm = 50
+    assert values[:warm] == pytest.approx([t / 50 for t in range(warm)])
+    assert values[warm] == pytest.approx(1.0, abs=1e-3)
+    assert all(b <= a + 1e-12 for a, b in zip(values[warm:], values[warm + 1 :], strict=False))
+    end = 5 + 236.0
+    assert all(v == 0.05 for t, v in enumerate(values) if t / 10 > end)
+    assert factor((end - 0.01) / 365) == pytest.approx(0.05, rel=1e-3)  # it arrives there without a jump
+    assert factor((end - 1) / 365) > 0.0505
+    for bad in ({"epochs": 3}, {"epochs": 10, "rate": 1.5}, {"epochs": 10, "floor": 2}, {"epochs": 10, "every": 0}):
+        with pytest.raises(ValueError, match=r"warmup|rate"):
+            exponential_constant(**bad)
+
+
+# -- 7, 8, 9: calibration -------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_batchnorm_of_the_child() -> None:
+    """ "cumulative" is what a plain copy of the child with momentum=None estimates."""
+    net = _random_weights(_mobile())
+    point, data = net.points()[1], _data(net)
+    net.calibrate(data, points=[point])
+    child = net.extract(point)
+    plain = copy.deepcopy(child)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    with torch.no_grad():
+        for x, _ in data:
+            plain(x)
+    for (name, a), (_, b) in zip(child.named_buffers(), plain.named_buffers(), strict=True):
+        if "running" in name:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_is_pure() -> None:
+    net = _mobile(dropout=0.5)
+    data, point = _data(net), net.points()[0]
+    before = copy.deepcopy(net.state_dict())
+    net.calibrate(data, points=[point])
+    moved = {n for n, t in net.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == {"norms.mean", "norms.var", "norms.fresh"}
+    first = net.norms.mean.clone()
+    assert torch.equal(first[1:], before["norms.mean"][1:])
+    net.calibrate(data, points=[point])
+    assert torch.equal(first, net.norms.mean)
+    net.calibrate(data[::-1], points=[point])
+    torch.testing.assert_close(first, net.norms.mean, rtol=1e-5, atol=1e-6)
+
+
+def test_training_leaves_the_shared_buffers_alone() -> None:
+    net = _resnet()
+    before = {n: b.clone() for n, b in net.model.named_buffers() if "running" in n}
+    net.train().loss(_batch(net)).backward()
+    assert all(torch.equal(b, before[n]) for n, b in net.model.named_buffers() if "running" in n)
+
+
+def test_uncalibrated_children_refuse() -> None:
+    net = _resnet()
+    x, _ = _batch(net)
+    net.eval()(x)  # the largest is the network that was given
+    small = net.points()[0]
+    with pytest.raises(RuntimeError, match="have not been estimated"):
+        net.use(small)(x)
+    with pytest.raises(RuntimeError, match="have not been estimated"):
+        net.extract(small)
+    net.finish(_data(net))
+    net.use(small)(x)
+    net.train().loss(_batch(net))
+    with pytest.raises(RuntimeError, match="have not been estimated"):
+        net.eval()(x)
+    other = net.space.canonical({**net.space.largest, "stages.0.width": 4})
+    with pytest.raises(RuntimeError, match="have not been estimated"):
+        net.extract(other)
+    net.calibrate(_data(net), points=[other])
+    net.extract(other)
+
+
+# -- 10: costs ------------------------------------------------------------------------------------------------------
+
+
+def _counted(child: nn.Module, x: Tensor) -> int:
+    """Multiply-adds of a plain network, by hooks on its layers."""
+    total = 0
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            k = module.kernel_size[0] * module.kernel_size[1]
+            total += output.numel() * k * module.in_channels // module.groups
+        elif isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+
+    handles = [m.register_forward_hook(note) for m in child.modules()]
+    with torch.no_grad():
+        child(x)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def test_costs_of_fifty_children() -> None:
+    net, generator = _mobile(), torch.Generator().manual_seed(5)
+    x = net.example[:1]  # type: ignore[index]
+    for _ in range(50):
+        point = net.space.canonical(net.space.sample(generator))
+        net.norms.add(point, fresh=True)
+        child = net.extract(point)
+        assert net.axes.flops(point) == 2 * _counted(child, x) == flops_per_sample(child, x).total
+        assert net.axes.parameters(point) == sum(p.numel() for p in child.parameters())
+
+
+def test_the_papers_space() -> None:
+    net = MobileNet(10, rows=PAPER_ROWS)
+    choices = net.choices()
+    assert choices["width"]["stem.0"] == (32, 40)
+    assert choices["width"]["head.0"] == (1280, 1408)
+    assert [len(s) for s in net.stages] == [2, 3, 3, 4, 6, 6, 2]
+    blocks = [m for m in net.modules() if isinstance(m, MBConv)]
+    assert [b.project[0].out_channels for b in blocks if b.stride == 2] == [32, 48, 88, 216]  # type: ignore[index, union-attr]
+    assert blocks[2].expand[0].out_channels == 24 * 6  # type: ignore[index, union-attr]
+    assert isinstance(blocks[0].expand, nn.Identity)
+    rates = [b.drop.p if isinstance(b.drop, DropConnect) else 0.0 for b in blocks]
+    assert rates[-1] == pytest.approx(0.2)
+    assert rates[:-8] == [0.0] * 18
+    assert all(b > a for a, b in itertools.pairwise(rates[18:]))
+
+
+# -- 11, 12: the search ---------------------------------------------------------------------------------------------
+
+
+def _target(net: BigNAS) -> Any:
+    """A metric that does not depend on the weights: the wider the child of each stage, the better, up to a point."""
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        p = net.point
+        return -abs(int(p["stages.0.width"]) - 6) - abs(int(p["stages.1.width"]) - 12) + 0.1 * int(p["stages.1.depth"])
+
+    return metric
+
+
+def test_fine_search_is_monotone_and_inside_the_budget() -> None:
+    net = _resnet(width=(0.25, 0.5, 0.75, 1.0), resolution=(8, 12))
+    limit = 0.5 * net.axes.flops(net.space.largest)
+    data = _data(net, 1)
+    found = net.search(data, data, trials=40, mutate=0.3, metric=_target(net), batches=1, flops=limit)
+    assert [t.stage for t in found.trials].count("fine") == 40
+    accepted = [t for t in found.trials if t.accepted]
+    assert all(b.quality > a.quality for a, b in itertools.pairwise(accepted))
+    assert accepted[-1].point == found.best
+    assert all(t.flops <= limit for t in found.trials)
+    assert len({t.point for t in found.trials}) == len(found.trials)
+    front = net.points()
+    assert found.best in front
+    assert front[-1] == net.space.largest
+    for point in front:
+        net.extract(point)  # all have statistics
+    best = max(t.quality for t in found.trials if t.stage == "coarse")
+    assert accepted[-1].quality > best  # width 6 is in no network-wide pattern of two widths
+
+
+def test_the_coarse_grid_of_the_paper() -> None:
+    net = _mobile(resolution=(6, 8, 10, 12, 14))
+    assert len(grid(net.space, {"resolution": 5, "depth": 4, "width": 2, "kernel": 4, "expansion": 2})) == 160
+    kernels = {tuple(p[n] for n in ("stages.1.kernel", "stages.2.kernel")) for p in grid(net.space, {
+        "resolution": 1, "depth": 1, "width": 1, "kernel": 4, "expansion": 1})}  # fmt: skip
+    assert kernels == {(3, 3), (5, 5), (5, 3), (3, 5)}
+
+
+def test_measured_latency_budget() -> None:
+    net = _resnet()
+    data = _data(net, 1)
+    found = net.search(data, data, trials=2, batches=1, repeats=3, latency=5.0)
+    assert found.best in net.points()
+    with pytest.raises(ValueError, match=r"budget: nothing fits .*latency"):
+        net.search(data, data, trials=0, batches=1, repeats=3, latency=1e-6)
+
+
+def test_search_survives_saving(tmp_path: Path) -> None:
+    net = _resnet(resolution=(8, 12))
+    data = _data(net, 1)
+    found = net.search(data, data, trials=3, batches=1, parameters=1500)
+    net.use(found.best)
+    pliant.save(net, tmp_path / "net")
+    again = pliant.load(tmp_path / "net", model=SmallResNet(1, 4, (8, 16), 2))
+    assert again.points() == net.points()
+    assert again.point == found.best
+    x, _ = _batch(net)
+    for point in net.points():
+        assert torch.equal(again.use(point).eval()(x), net.use(point).eval()(x))
+
+
+# -- a user's own network, and fit ----------------------------------------------------------------------------------
+
+
+def test_fit_trains_all_children() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 1, 8, 8)
+    y = (x[:, 0, :4].mean((1, 2)) > 0).long()
+    model = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+        nn.Sequential(ResidualBlock(8, 8), ResidualBlock(8, 8)),
+        nn.AdaptiveAvgPool2d((2, 1)), nn.Flatten(), nn.Linear(16, 2),
+    )  # fmt: skip
+    net = BigNAS(model, x[:2], zero_gamma=True)
+    data = list(zip(x.split(16), y.split(16), strict=True))
+    fit(net, data, epochs=20, lr=0.1, lr_schedule=exponential_constant(20, warmup=1), progress=False)
+    front = pliant.measure(net, data, repeats=0)
+    assert [r.point for r in front] == net.points()
+    assert len(front) >= 4
+    assert all(r.quality > 0.85 for r in front)
+    flops = [r.flops for r in front]
+    assert flops == [c["flops"] for c in net.costs().values()]
+
+
+def test_transformer_blocks() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 4, 32, 0.1, batch_first=True) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(6, 16), nn.Sequential(*layers), nn.Linear(16, 3))
+    net = BigNAS(model, torch.randn(2, 5, 6), criterion=lambda out, y: F.cross_entropy(out.mean(1), y), distill=False)
+    assert net.space.size > 1
+    x = torch.randn(4, 5, 6)
+    net.train().loss((x, torch.tensor([0, 1, 2, 0]))).backward()
+    net.use(net.points()[0])
+    assert torch.equal(net.eval()(x), net.extract(net.point)(x))
+
+
+def test_decay_is_on_weights_of_the_largest_alone() -> None:
+    net = _resnet()
+    decayed, free = net.parameter_groups(1e-5)
+    assert decayed["weight_decay"] == 1e-5
+    assert free["weight_decay"] == 0.0
+    kinds = {id(p): m for m in net.model.modules() for p in m.parameters(recurse=False)}
+    assert {type(kinds[id(p)]) for p in decayed["params"]} == {nn.Conv2d, nn.Linear}
+    assert all(p.ndim == 1 for p in free["params"])
+    total = sum(p.numel() for p in net.model.parameters())
+    assert sum(p.numel() for g in (decayed, free) for p in g["params"]) == total
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce": "max"}, "reduce: 'max' is not one of sum, mean"),
+        ({"regularize": "none"}, "regularize: 'none' is not one of largest, all"),
+        ({"n_random": -1}, "n_random: -1 must be 0 or more"),
+        ({"n_random": 0, "largest": False, "smallest": False, "distill": False}, "n_random: 0 must be"),
+        ({"largest": False}, "distill: the largest child is the teacher"),
+        ({"offer": 0}, "offer: 0"),
+        ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),
+        ({"estimator": "ema"}, "estimator: 'ema'"),
+        ({"width": (0.5,)}, "width: .* 1 among them"),
+        ({"depth": {"stages.0": (0, 5)}}, "depth: stages.0 has 2 blocks"),
+        ({"kernel": (3, 5)}, "kernel: nothing in the model can change"),
+        ({"resolution": (-1,)}, "resolution: .* positive"),
+        ({"exclude": ["nothing"]}, "exclude: no module"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _resnet(**options)
+
+
+def test_bad_points_and_budgets() -> None:
+    net = _resnet()
+    data: Sequence[Any] = _data(net, 1)
+    with pytest.raises(ValueError, match=r"stages.0.width=5 is not one of"):
+        net.use({**net.space.largest, "stages.0.width": 5})
+    with pytest.raises(ValueError, match="point: it must give exactly"):
+        net.use({"width": 0.5})
+    with pytest.raises(ValueError, match="budget: give one or more of"):
+        net.search(data, data)
+    with pytest.raises(ValueError, match="budget: give one or more of"):
+        net.search(data, data, flop=3.0)
+    with pytest.raises(ValueError, match=r"budget: nothing fits .*smallest child has"):
+        net.search(data, data, trials=0, flops=10)
+    with pytest.raises(ValueError, match="mutate: 0"):
+        net.search(data, data, mutate=0.0, flops=1e9)
+    with pytest.raises(ValueError, match="coarse: 'heads'"):
+        net.search(data, data, coarse={"heads": 2}, flops=1e9)
+    with pytest.raises(ValueError, match="data: it has no batches"):
+        net.calibrate([])
+    with pytest.raises(ValueError, match="rows: a MobileNet"):
+        MobileNet(rows=())
