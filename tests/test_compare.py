@@ -10,7 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pliant import cli, compare, report, tasks
+from pliant import cli, compare, recipes, report, tasks
 from pliant.reproduce import reproduce
 
 CODE = """
@@ -132,7 +132,7 @@ def test_interruption_leaves_what_is_finished(own: Path, monkeypatch: pytest.Mon
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(compare._RUNS, "rd-pruning", stop)
+    monkeypatch.setitem(recipes.RECIPES, "rd-pruning", stop)
     result = run("compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "1")
     assert result.exit_code == 130
     found = json.loads((own / "out" / "results.json").read_text())

@@ -70,11 +70,13 @@ def compare(
     task: Annotated[
         str, typer.Option(help="fashion-mnist, fashion-mnist-full, mnist, cifar10 or digits.")
     ] = "fashion-mnist",
-    methods: Annotated[str, typer.Option(help="Slugs, parted by commas; all by default.")] = "",
+    methods: Annotated[str, typer.Option(help="Slugs, parted by commas; three of them by default.")] = "",
     family: Annotated[str, typer.Option(help="Only the methods of one family: elastic, sparsity or routing.")] = "",
     budget: Annotated[list[str] | None, typer.Option(help="A limit such as flops=3e6; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Repetitions; the chart shows mean and spread.")] = 1,
-    epochs: Annotated[int, typer.Option(help="Passes for the baseline, SortedNet and each smaller network.")] = 10,
+    epochs: Annotated[
+        int, typer.Option(help="Passes for the baseline, each elastic network and each smaller one.")
+    ] = 10,
     model: Annotated[str, typer.Option(help="module:function that returns your own network.")] = "",
     data: Annotated[str, typer.Option(help="module:function that returns (train, validation, test).")] = "",
     out: Annotated[Path, typer.Option(help="Folder for the chart, the figures and the networks.")] = Path("out"),
@@ -82,14 +84,15 @@ def compare(
 ) -> None:
     """Put several methods and their honest opponents on one task, and draw one chart."""
     from pliant import compare as job
-    from pliant import tasks
+    from pliant import recipes, tasks
 
     limits = _budget(budget or [])
-    chosen = tuple(s for s in methods.replace(",", " ").split()) or job.METHODS
+    named = tuple(methods.replace(",", " ").split())
+    chosen = named or recipes.DEFAULT
     if family:
-        chosen = tuple(s for s in chosen if catalog.find(s).family == family)
+        chosen = tuple(s for s in named or recipes.METHODS if catalog.find(s).family == family)
         if not chosen:
-            families = sorted({catalog.find(s).family for s in job.METHODS})
+            families = sorted({catalog.find(s).family for s in recipes.METHODS})
             raise ValueError(f"--family: no method of {family!r} here; allowed: {', '.join(families)}")
     if bool(model) != bool(data):
         raise ValueError("--model and --data go together: give both, or neither")

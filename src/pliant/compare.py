@@ -2,9 +2,7 @@
 
 What is fair here, and what is not claimed:
 
-* The baseline, SortedNet and every separately trained smaller network see the same number of steps on the same data.
-* RD pruning and global magnitude pruning start from the same trained baseline and share every step of fine-tuning.
-* JEI-DNN and the confidence threshold use the same frozen baseline and the same heads' training data.
+* Every method and its opponent get the same: see ``pliant.recipes``.
 * Choices (which point wins a budget, thresholds) are made on validation; what is reported is measured on test.
 * Pruned weights are zeros in dense tensors: they save no executed FLOPs and no time. They are drawn at their non-zero
   FLOPs in the left panel, labelled so, and where they really stand in the right one.
@@ -12,7 +10,6 @@ What is fair here, and what is not claimed:
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
@@ -27,46 +24,13 @@ from torch import Tensor, nn
 
 from pliant import catalog, report
 from pliant._version import __version__
-from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
+from pliant.core.dynamic import Dynamic, NotStaticError, Point
 from pliant.core.frontier import COSTS, Frontier, Row, measure
-from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
+from pliant.core.inputs import Input, split_batch, take
 from pliant.core.persistence import save
-from pliant.core.slicing import Slicing, find_stacks
 from pliant.core.training import fit
+from pliant.recipes import DEFAULT, METHODS, RECIPES, Only, Plain, Setting
 from pliant.tasks import Task
-
-METHODS = ("sortednet", "rd-pruning", "jei-dnn")
-WIDTHS = (0.25, 0.5, 0.75, 1.0)
-SPARSITY = (0.8, 0.9, 0.95, 0.98)
-COST_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
-
-
-class Plain(Dynamic):
-    """An ordinary network under the contract: one point. Baselines are trained and measured by the same code."""
-
-    def __init__(self, model: nn.Module, example: Input) -> None:
-        super().__init__()
-        check_example(model, example)
-        self.model = model
-        self.point = Point(width=1.0)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output."""
-        return self.model(*args, **kwargs)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy."""
-        x, y = split_batch(batch)
-        return cross_entropy(logits(call(self.model, x)), y)
-
-    def points(self) -> list[Point]:
-        """The only one."""
-        return [Point(width=1.0)]
-
-    def extract(self, point: Mapping[str, Value]) -> nn.Module:
-        """A copy of the model, in evaluation mode."""
-        self._known(point)
-        return copy.deepcopy(self.model).eval()
 
 
 @dataclass
@@ -176,7 +140,7 @@ Progress = Callable[[str], None]
 def compare(
     task: Task,
     *,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = DEFAULT,
     out: str | Path | None = None,
     seeds: int = 1,
     epochs: int = 10,
@@ -235,161 +199,13 @@ def compare(
         fit(base, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
         full = base.extract(base.point)
         note("baseline", "baseline", "baseline", base, start, full)
+        setting = Setting(task, base.model, full, seed, epochs, finetune, lr, note)
         for slug in methods:
             progress(f"seed {seed}: {catalog.find(slug).name}")
-            _RUNS[slug](task, base.model, full, seed, epochs, finetune, lr, note)
+            RECIPES[slug](setting)
             if folder is not None:
                 write(done, folder)
     return done
-
-
-Note = Callable[[str, report.Kind, str, Dynamic, float, nn.Module], None]
-
-
-def _sortednet(
-    task: Task, base: nn.Module, full: nn.Module, seed: int, epochs: int, finetune: int, lr: float, note: Note
-) -> None:
-    from pliant.elastic.sortednet import SortedNet
-
-    start = time.perf_counter()
-    depth = (0.5, 1.0) if find_stacks(base, task.example) else (1.0,)
-    net = SortedNet(task.model(seed), task.example, width=WIDTHS, depth=depth, seed=seed)
-    fit(net, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
-    note("SortedNet (one training)", "method", "sortednet", net, start, full)
-    small = []
-    slicing = Slicing(task.model(seed), task.example)
-    for width in WIDTHS[:-1]:
-        start = time.perf_counter()
-        model = _fresh(slicing.subnetwork(width).extract(slicing.model), seed)
-        plain = Plain(model, task.example)
-        fit(plain, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
-        small.append((width, plain, start))
-    note("trained separately", "opponent", "sortednet", Several({w: n for w, n, _ in small}), small[0][2], full)
-
-
-def _rd_pruning(
-    task: Task, base: nn.Module, full: nn.Module, seed: int, epochs: int, finetune: int, lr: float, note: Note
-) -> None:
-    from pliant.sparsity.rd_pruning import RDPruning
-
-    x = take(split_batch(next(iter(task.train)))[0], slice(0, 64))
-    for name, kind, allocation in (
-        ("RD pruning", "method", "rd"),
-        ("global magnitude", "opponent", "global"),
-    ):
-        start = time.perf_counter()
-        net = RDPruning(
-            copy.deepcopy(base),
-            x,
-            sparsity=SPARSITY,
-            points="geometric",
-            allocation=allocation,  # type: ignore[arg-type]
-        )
-        fit(
-            net,
-            task.train,
-            epochs=finetune * len(SPARSITY),
-            optimizer=lambda groups: torch.optim.AdamW(groups, 1e-3),
-            lr_schedule="constant",
-            seed=seed,
-            progress=False,
-        )
-        note(name, kind, "rd-pruning", net, start, full)  # type: ignore[arg-type]
-
-
-def _jei_dnn(
-    task: Task, base: nn.Module, full: nn.Module, seed: int, epochs: int, finetune: int, lr: float, note: Note
-) -> None:
-    from pliant.routing.jei_dnn import JEIDNN, ThresholdExit
-
-    start = time.perf_counter()
-    net = JEIDNN(copy.deepcopy(base), task.example, cost_weights=COST_WEIGHTS)
-    train, validation = net.cache(task.train, shuffle=True), net.cache(task.validation)
-    fit(
-        net, train, validation=validation, epochs=3 * finetune * len(SPARSITY), lr=0.01, lr_schedule="cosine",
-        seed=seed, progress=False,
-    )  # fmt: skip
-    note("JEI-DNN (learned gates)", "method", "jei-dnn", Only(net, "cost_weight"), start, full)
-    start = time.perf_counter()
-    threshold = ThresholdExit(net, target_costs=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)).calibrate(validation)
-    note("confidence threshold", "opponent", "jei-dnn", threshold, start, full)
-    note("cut off after block k", "opponent", "jei-dnn", Only(net, "exit"), start, full)
-
-
-_RUNS: dict[str, Callable[..., None]] = {"sortednet": _sortednet, "rd-pruning": _rd_pruning, "jei-dnn": _jei_dnn}
-
-
-class Several(Dynamic):
-    """Separately trained networks behind one dial, so that they are measured as one line."""
-
-    def __init__(self, nets: Mapping[float, Plain]) -> None:
-        super().__init__()
-        self.nets = nn.ModuleList(nets.values())
-        self._points = [Point(width=w) for w in nets]
-        self.point = self._points[-1]
-
-    def _at(self, point: Mapping[str, Value]) -> Plain:
-        net = self.nets[self._points.index(self._known(point))]
-        assert isinstance(net, Plain)
-        return net
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the network in use."""
-        return self._at(self.point)(*args, **kwargs)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The loss of the network in use; each was trained on its own."""
-        return self._at(self.point).loss(batch)
-
-    def points(self) -> list[Point]:
-        """One for each network."""
-        return list(self._points)
-
-    def extract(self, point: Mapping[str, Value]) -> nn.Module:
-        """A copy of one of them."""
-        net = self._at(point)
-        return net.extract(net.point)
-
-
-class Only(Dynamic):
-    """The points of a network that have a certain name, so that they are drawn as a line of their own."""
-
-    def __init__(self, net: Dynamic, name: str) -> None:
-        super().__init__()
-        self.net, self.name = net, name
-        self.point = self.points()[-1]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the network."""
-        return self.net(*args, **kwargs)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The network's own."""
-        return self.net.loss(batch)
-
-    def points(self) -> list[Point]:
-        """Those of the network that name ``self.name``."""
-        return [p for p in self.net.points() if self.name in p]
-
-    def use(self, point: Mapping[str, Value]) -> Only:
-        """Turn the network's dial."""
-        super().use(point)
-        self.net.use(self.point)
-        return self
-
-    def extract(self, point: Mapping[str, Value]) -> nn.Module:
-        """The network's own."""
-        return self.net.extract(self._known(point))
-
-
-def _fresh(model: nn.Module, seed: int) -> nn.Module:
-    """New initial weights for its own size: a slice of a larger initialisation has the larger one's spread."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
-    return model
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

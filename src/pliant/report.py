@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["method", "opponent", "baseline"]
 
-# Three hues that stay apart under the common colour-vision deficiencies and against white; opponents share the hue of
-# the method they are set against and differ by line and marker.
-COLOURS = ("#2a78d6", "#eb6834", "#008300", "#4a3aa7", "#e34948", "#1baf7a")
+# Hues that stay apart under the common colour-vision deficiencies and against white, in the order of the methods of the
+# main job; opponents share the hue of the method they are set against and differ by line and marker.
+COLOURS = ("#2a78d6", "#eb6834", "#008300", "#e34948", "#1baf7a", "#eda100", "#4a3aa7")
 INK, MUTED, GRID = "#0b0b0b", "#52514e", "#e1e0d9"
 
 AXES = {

@@ -404,7 +404,7 @@ class Slicing:
         A module of the model that has a method ``after_slicing()`` is called then, in the skeleton, so that it can
         leave out what its new sizes have no use for.
         """
-        skeleton = skeleton_of(self.model)
+        skeleton = _skeleton(self.model)
         for name, blocks in (depths or {}).items():
             if blocks < self.stacks[name]:
                 path, _, leaf = name.rpartition(".")
@@ -789,7 +789,7 @@ def _shape_of(value: Any) -> tuple[int, ...] | None:
         return None
 
 
-def skeleton_of(model: nn.Module) -> nn.Module:
+def _skeleton(model: nn.Module) -> nn.Module:
     """A copy of the modules of ``model`` whose parameters and buffers hold no memory."""
     memo: dict[int, Any] = {}
     for p in model.parameters():

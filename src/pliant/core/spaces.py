@@ -31,8 +31,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Point, Value
-from pliant.core.inputs import Input, evaluating, first_tensor, logits, map_tensors, rows_of, take
-from pliant.core.slicing import Group, Slicing, SubNetwork, can_crop, kept, make_divisible, skeleton_of
+from pliant.core.inputs import (
+    Input,
+    device_of,
+    evaluating,
+    first_tensor,
+    logits,
+    map_tensors,
+    rows_of,
+    take,
+    to_device,
+)
+from pliant.core.slicing import Group, Slicing, SubNetwork, can_crop, kept, make_divisible
 
 AXES = ("resolution", "width", "depth", "kernel", "expansion")
 
@@ -283,7 +293,7 @@ class Axes:
         self.example = take(example, slice(0, 1))
         self.stages = self._find_stages(_check_kernels(kernel))
         self._networks: OrderedDict[Point, SubNetwork] = OrderedDict()
-        self._meta = skeleton_of(slicing.model)
+        self._flops: dict[Point, int] = {}
         coordinates = self._resolutions(resolution, example)
         widths, depths = self._widths(width), self._depths(depth)
         ratios = _check_numbers("expansion", expansion, inner is None)
@@ -547,17 +557,21 @@ class Axes:
     # -- costs --------------------------------------------------------------------------------------------------------
 
     def flops(self, point: Mapping[str, Value]) -> int:
-        """FLOPs for one sample at ``point`` (2 per multiply-add), counted on tensors that hold no numbers."""
-        network = self.network(point)
-        x = map_tensors(self.resized(self.example, point), lambda t: t.to("meta"))
-        with evaluating(network.skeleton):
-            return count_flops(lambda: network.run(self._meta, x), nonzero=False).total // rows_of(x)
+        """FLOPs for one sample at ``point`` (2 per multiply-add), counted on one row of the example."""
+        known = self.space.check(point)
+        if known not in self._flops:
+            network, model = self.network(known), self.slicing.model
+            x = to_device(self.resized(self.example, known), device_of(model))
+            with evaluating(network.skeleton):
+                counted = count_flops(lambda: network.run(model, x), nonzero=False)
+            self._flops[known] = counted.total // rows_of(x)
+        return self._flops[known]
 
     def parameters(self, point: Mapping[str, Value]) -> int:
         """Parameters at ``point``, tied ones once."""
         network = self.network(point)
         names = [name for name, _ in network.skeleton.named_parameters()]
-        views = network.views(self._meta)
+        views = network.views(self.slicing.model)
         return sum(views[name].numel() for name in names)
 
 

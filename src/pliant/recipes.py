@@ -1,0 +1,249 @@
+"""How each method runs in the main job: its options, its steps, and the honest opponent beside it.
+
+Every recipe takes one ``Setting``: the task, the trained baseline, and what all of them may spend. What is fair here:
+
+* The baseline, every elastic method and every separately trained smaller network see the same number of steps on the
+  same data. Those smaller networks are trained once, and are the opponent of the whole elastic family.
+* RD pruning and global magnitude pruning start from the same trained baseline and share every step of fine-tuning.
+* JEI-DNN and the confidence threshold use the same frozen baseline and the same heads' training data.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant import report
+from pliant.core.dynamic import Dynamic, Point, Value
+from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
+from pliant.core.slicing import Slicing, find_stacks
+from pliant.core.training import fit
+from pliant.tasks import Task
+
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+SPARSITY = (0.8, 0.9, 0.95, 0.98)
+COST_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
+
+Note = Callable[[str, report.Kind, str, Dynamic, float, nn.Module], None]
+
+
+@dataclass
+class Setting:
+    """What the recipes of one seed share.
+
+    ``base`` is the trained baseline's model and ``full`` a plain copy of it, the reference of all times; ``note(name,
+    kind, slug, net, start, full)`` measures a finished network and keeps it.
+    """
+
+    task: Task
+    base: nn.Module
+    full: nn.Module
+    seed: int
+    epochs: int
+    finetune: int
+    lr: float
+    note: Note
+    _separate: dict[float, Plain] = field(default_factory=dict)
+
+    def fit(self, net: Dynamic, **options: Any) -> None:
+        """The training that the baseline had: the same epochs, rate and schedule, unless ``options`` say otherwise."""
+        defaults = {"epochs": self.epochs, "lr": self.lr, "seed": self.seed, "progress": False}
+        fit(net, self.task.train, **(defaults | options))
+
+    def done(self, name: str, kind: report.Kind, slug: str, net: Dynamic, start: float) -> None:
+        """Measure and keep a finished network whose training began at ``start``."""
+        self.note(name, kind, slug, net, start, self.full)
+
+    def separate(self, slug: str) -> dict[float, Plain]:
+        """Smaller networks by width, each trained by itself; trained and noted once, for the first who asks."""
+        if not self._separate:
+            start = time.perf_counter()
+            slicing = Slicing(self.task.model(self.seed), self.task.example)
+            for width in WIDTHS[:-1]:
+                model = fresh(slicing.subnetwork(width).extract(slicing.model), self.seed)
+                self._separate[width] = Plain(model, self.task.example)
+                self.fit(self._separate[width])
+            self.done("trained separately", "opponent", slug, Several(self._separate), start)
+        return self._separate
+
+
+def _sortednet(s: Setting) -> None:
+    from pliant.elastic.sortednet import SortedNet
+
+    start = time.perf_counter()
+    depth = (0.5, 1.0) if find_stacks(s.base, s.task.example) else (1.0,)
+    net = SortedNet(s.task.model(s.seed), s.task.example, width=WIDTHS, depth=depth, seed=s.seed)
+    s.fit(net)
+    s.done("SortedNet (one training)", "method", "sortednet", net, start)
+    s.separate("sortednet")
+
+
+def _bignas(s: Setting) -> None:
+    from pliant.elastic.bignas import BigNAS
+
+    start = time.perf_counter()
+    model, example = s.task.model(s.seed), s.task.example
+    try:
+        net = BigNAS(model, example, width=WIDTHS, zero_gamma=True, seed=s.seed)
+    except ValueError:  # its blocks do not end in a normalisation
+        net = BigNAS(model, example, width=WIDTHS, seed=s.seed)
+    s.fit(net)
+    s.done("BigNAS (one training)", "method", "bignas", net, start)
+    s.separate("bignas")
+
+
+def _rd_pruning(s: Setting) -> None:
+    from pliant.sparsity.rd_pruning import RDPruning
+
+    x = take(split_batch(next(iter(s.task.train)))[0], slice(0, 64))
+    arms: tuple[tuple[str, report.Kind, Any], ...] = (
+        ("RD pruning", "method", "rd"),
+        ("global magnitude", "opponent", "global"),
+    )
+    for name, kind, allocation in arms:
+        start = time.perf_counter()
+        net = RDPruning(copy.deepcopy(s.base), x, sparsity=SPARSITY, points="geometric", allocation=allocation)
+        s.fit(
+            net,
+            epochs=s.finetune * len(SPARSITY),
+            optimizer=lambda groups: torch.optim.AdamW(groups, 1e-3),
+            lr_schedule="constant",
+        )
+        s.done(name, kind, "rd-pruning", net, start)
+
+
+def _jei_dnn(s: Setting) -> None:
+    from pliant.routing.jei_dnn import JEIDNN, ThresholdExit
+
+    start = time.perf_counter()
+    net = JEIDNN(copy.deepcopy(s.base), s.task.example, cost_weights=COST_WEIGHTS)
+    train, validation = net.cache(s.task.train, shuffle=True), net.cache(s.task.validation)
+    fit(
+        net, train, validation=validation, epochs=3 * s.finetune * len(SPARSITY), lr=0.01, lr_schedule="cosine",
+        seed=s.seed, progress=False,
+    )  # fmt: skip
+    s.done("JEI-DNN (learned gates)", "method", "jei-dnn", Only(net, "cost_weight"), start)
+    start = time.perf_counter()
+    threshold = ThresholdExit(net, target_costs=(0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)).calibrate(validation)
+    s.done("confidence threshold", "opponent", "jei-dnn", threshold, start)
+    s.done("cut off after block k", "opponent", "jei-dnn", Only(net, "exit"), start)
+
+
+RECIPES: dict[str, Callable[[Setting], None]] = {
+    "sortednet": _sortednet,
+    "rd-pruning": _rd_pruning,
+    "jei-dnn": _jei_dnn,
+    "bignas": _bignas,
+}
+METHODS = tuple(RECIPES)
+DEFAULT = ("sortednet", "rd-pruning", "jei-dnn")  # what runs in a few minutes when nothing is asked for
+
+
+# -- networks that the chart needs besides the methods ----------------------------------------------------------------
+
+
+class Plain(Dynamic):
+    """An ordinary network under the contract: one point. Baselines are trained and measured by the same code."""
+
+    def __init__(self, model: nn.Module, example: Input) -> None:
+        super().__init__()
+        check_example(model, example)
+        self.model = model
+        self.point = Point(width=1.0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        return self.model(*args, **kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross entropy."""
+        x, y = split_batch(batch)
+        return cross_entropy(logits(call(self.model, x)), y)
+
+    def points(self) -> list[Point]:
+        """The only one."""
+        return [Point(width=1.0)]
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """A copy of the model, in evaluation mode."""
+        self._known(point)
+        return copy.deepcopy(self.model).eval()
+
+
+class Several(Dynamic):
+    """Separately trained networks behind one dial, so that they are measured as one line."""
+
+    def __init__(self, nets: Mapping[float, Plain]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets.values())
+        self._points = [Point(width=w) for w in nets]
+        self.point = self._points[-1]
+
+    def _at(self, point: Mapping[str, Value]) -> Plain:
+        net = self.nets[self._points.index(self._known(point))]
+        assert isinstance(net, Plain)
+        return net
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the network in use."""
+        return self._at(self.point)(*args, **kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of the network in use; each was trained on its own."""
+        return self._at(self.point).loss(batch)
+
+    def points(self) -> list[Point]:
+        """One for each network."""
+        return list(self._points)
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """A copy of one of them."""
+        net = self._at(point)
+        return net.extract(net.point)
+
+
+class Only(Dynamic):
+    """The points of a network that have a certain name, so that they are drawn as a line of their own."""
+
+    def __init__(self, net: Dynamic, name: str) -> None:
+        super().__init__()
+        self.net, self.name = net, name
+        self.point = self.points()[-1]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the network."""
+        return self.net(*args, **kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The network's own."""
+        return self.net.loss(batch)
+
+    def points(self) -> list[Point]:
+        """Those of the network that name ``self.name``."""
+        return [p for p in self.net.points() if self.name in p]
+
+    def use(self, point: Mapping[str, Value]) -> Only:
+        """Turn the network's dial."""
+        super().use(point)
+        self.net.use(self.point)
+        return self
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """The network's own."""
+        return self.net.extract(self._known(point))
+
+
+def fresh(model: nn.Module, seed: int) -> nn.Module:
+    """New initial weights for its own size: a slice of a larger initialisation has the larger one's spread."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+    return model
