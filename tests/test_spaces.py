@@ -336,6 +336,7 @@ def test_make_divisible_stays_near(value: float, divisor: int) -> None:
         ({"kernel": (3, 5)}, "kernel: nothing in the model can change"),
         ({"expansion": (2.0, 1.0)}, "expansion: .* shares in"),
         ({"resolution": (0, 16)}, "resolution: .* positive whole numbers"),
+        ({"resolution": (16, 20)}, "resolution: the example is 16 pixels high"),
         ({"per_block": ("width",)}, "per_block: 'width'"),
         ({"relative": "all"}, "relative: 'all'"),
         ({"expansion": (0.5, 1.0), "inner": lambda channels, e: channels + 1}, "inner: it gives"),

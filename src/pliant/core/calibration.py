@@ -115,12 +115,14 @@ class NormTable(nn.Module):
         )
 
     def tensors(self, point: Point, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-        """The buffers of ``point`` by name, as views on its row, for those ``layers`` that the point has."""
+        """The buffers of ``point`` by name, as views on its row.
+
+        ``layers`` are the modules that the point has, by name; those that keep no statistics are passed over.
+        """
         row, found = self._rows[point], {}
-        for name, module in layers.items():
-            if name in self.columns:
-                start = self.columns[name][0]
-                end = start + int(module.num_features)  # type: ignore[arg-type]
+        for name, (start, _) in self.columns.items():
+            if name in layers:
+                end = start + int(layers[name].num_features)  # type: ignore[arg-type]
                 found[f"{name}.running_mean"] = self.mean[row, start:end]
                 found[f"{name}.running_var"] = self.var[row, start:end]
         return found

@@ -107,6 +107,11 @@ class SubNetwork:
             places.setdefault(path, []).append((name, leaf))
         return [(path.split(".") if path else [], leaves) for path, leaves in places.items()]
 
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules of the skeleton by name."""
+        return dict(self.skeleton.named_modules())
+
     def views(self, model: nn.Module) -> dict[str, Tensor]:
         """Every parameter and buffer that the skeleton needs, as views on those of the full ``model``.
 

@@ -394,6 +394,11 @@ class Axes:
             raise ValueError(f"resolution: needs one tensor of images (B, C, H, W), the example has shape {shape}")
         if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in resolution):
             raise ValueError(f"resolution: {tuple(resolution)} must be positive whole numbers of pixels")
+        if shape[2] < max(resolution):
+            raise ValueError(
+                f"resolution: the example is {shape[2]} pixels high, less than {max(resolution)}; give images at the "
+                "largest resolution or above it, so that none is scaled up"
+            )
         # One choice is a coordinate too: it tells the size that inputs are brought to.
         return [Coordinate("resolution", "resolution", tuple(sorted(set(resolution))))]
 

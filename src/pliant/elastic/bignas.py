@@ -280,23 +280,22 @@ class BigNAS(Dynamic):
 
     def _run(self, point: Point, x: Input, regularized: bool = True) -> Any:
         network = self.axes.network(point)
-        network.skeleton.train(self.training)
         tensors: dict[str, Tensor] = {}
         if self.training:
-            for module in network.skeleton.modules():
+            network.skeleton.train()
+            for module in network.modules.values():
                 if isinstance(module, _NormBase):
                     module.momentum = 0.0  # batch statistics, and the buffers that all children share stay as they are
                 elif not regularized and "drop" in type(module).__name__.lower():
                     module.eval()
         else:
+            if network.skeleton.training:
+                network.skeleton.eval()
             tensors = self._statistics(point, network)
         return network.run(self.model, self.axes.resized(x, point), tensors)
 
     def _statistics(self, point: Point, network: SubNetwork) -> dict[str, Tensor]:
-        if point not in self.norms:
-            return {}
-        layers = {n: m for n, m in network.skeleton.named_modules() if n in self.norms.columns}
-        return self.norms.tensors(point, layers)
+        return self.norms.tensors(point, network.modules) if point in self.norms else {}
 
     def calibrate(
         self,

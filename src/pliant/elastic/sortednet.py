@@ -142,7 +142,6 @@ class SortedNet(Dynamic):
         for point in self._points:
             self._networks[point] = self._network(point)
         self._costs: dict[Point, dict[str, int]] = {}
-        self._layers: dict[Point, dict[str, nn.Module]] = {}
         self._make_statistics()
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.active: list[Point] = []  # drawn since the last optimiser step, for ``freeze_inactive``
@@ -351,10 +350,7 @@ class SortedNet(Dynamic):
 
     def _statistics(self, point: Point) -> dict[str, Tensor]:
         """The normalisation buffers of ``point``: views on its row, which training updates in place."""
-        if point not in self._layers:
-            modules = self._networks[point].skeleton.named_modules()
-            self._layers[point] = {name: m for name, m in modules if name in self.norms.columns}
-        return self.norms.tensors(point, self._layers[point])
+        return self.norms.tensors(point, self._networks[point].modules)
 
     def calibrate(
         self,
