@@ -62,6 +62,17 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="sn-net",
+        path="pliant.elastic.stitching:StitchNet",
+        title="Stitchable neural networks",
+        year=2023,
+        arxiv="2302.06586",
+        what="the path: which of several networks, where it is left, where the next is entered",
+        by="the caller's budget",
+        when="per request or deployment",
+        task="images",
+    ),
+    Entry(
         slug="rd-pruning",
         path="pliant.sparsity.rd_pruning:RDPruning",
         title="Efficient joint optimization of layer-adaptive weight pruning in deep neural networks",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant import report
+from pliant.core.cost import count_parameters
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
 from pliant.core.slicing import Slicing, find_stacks
@@ -98,6 +99,51 @@ def _bignas(s: Setting) -> None:
     s.separate("bignas")
 
 
+def _sn_net(s: Setting) -> None:
+    """Stitches between the separately trained networks and the baseline; what these cost to train is not its own."""
+    from pliant.elastic.stitching import StitchNet
+
+    separate = s.separate("sn-net")
+    start = time.perf_counter()
+    anchors = [copy.deepcopy(separate[width].model) for width in (0.25, 0.5)] + [copy.deepcopy(s.base)]
+    net = StitchNet(anchors, s.task.example, seed=s.seed)
+    net.initialize(s.task.train)
+    s.fit(net, epochs=s.finetune * len(SPARSITY), lr=0.1 * s.lr)
+    s.done("SN-Net (stitched)", "method", "sn-net", net, start)
+
+
+def _self_expanding(s: Setting) -> None:
+    from pliant.elastic.self_expanding import SelfExpanding
+
+    slicing = Slicing(s.task.model(s.seed), s.task.example)
+    limit = count_parameters(slicing.model)
+    small = fresh(slicing.subnetwork(WIDTHS[0]).extract(slicing.model), s.seed)
+    start = time.perf_counter()
+    net = SelfExpanding(
+        small, s.task.example, capacity={"parameters": limit}, units=4, per_check=5, proposals=8, proposal_steps=10,
+        score_samples=128, seed=s.seed,
+    )  # fmt: skip
+    s.fit(net)
+    s.done("self-expanding (its growth)", "method", "self-expanding", net, start)
+    s.separate("self-expanding")
+
+
+def _proard(s: Setting) -> None:
+    """Robust training with a weak attack of three steps, for its accuracy on clean inputs; it pays for robustness."""
+    from pliant.elastic.proard import ProARD
+
+    x = torch.cat([split_batch(batch)[0] for batch in s.task.train])
+    low, high = float(x.min()), float(x.max())
+    start = time.perf_counter()
+    net = ProARD(
+        s.task.model(s.seed), s.task.example, width=WIDTHS, divisor=1, bounds=(low, high), eps=0.031 * (high - low),
+        step=0.016 * (high - low), attack_steps=3, students=(1, 2, 2), seed=s.seed,
+    )  # fmt: skip
+    s.fit(net)
+    s.done("ProARD (robust, one training)", "method", "proard", net, start)
+    s.separate("proard")
+
+
 def _rd_pruning(s: Setting) -> None:
     from pliant.sparsity.rd_pruning import RDPruning
 
@@ -140,6 +186,9 @@ RECIPES: dict[str, Callable[[Setting], None]] = {
     "rd-pruning": _rd_pruning,
     "jei-dnn": _jei_dnn,
     "bignas": _bignas,
+    "sn-net": _sn_net,
+    "self-expanding": _self_expanding,
+    "proard": _proard,
 }
 METHODS = tuple(RECIPES)
 DEFAULT = ("sortednet", "rd-pruning", "jei-dnn")  # what runs in a few minutes when nothing is asked for

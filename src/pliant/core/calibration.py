@@ -54,8 +54,8 @@ class NormTable(nn.Module):
                 assert module.running_var is not None
                 self.columns[name] = (start, module.num_features)
                 start += module.num_features
-                means.append(module.running_mean.detach().float())
-                variances.append(module.running_var.detach().float())
+                means.append(module.running_mean.detach())
+                variances.append(module.running_var.detach())
         device = device_of(model)
         self._rows: dict[Point, int] = {}
         first = torch.cat(means) if means else torch.zeros(0, device=device)
@@ -178,7 +178,8 @@ class NormTable(nn.Module):
 
 def _noting(noted: list[tuple[int, Tensor, Tensor]]) -> Callable[[nn.Module, Any], None]:
     def note(module: nn.Module, args: Any) -> None:
-        x: Tensor = args[0].detach().float()
+        x: Tensor = args[0].detach()
+        x = x if x.dtype == torch.float64 else x.float()
         dims = [d for d in range(x.ndim) if d != 1]
         var, mean = torch.var_mean(x, dims, correction=0)
         noted.append((x.numel() // x.shape[1], mean, var))
@@ -187,7 +188,7 @@ def _noting(noted: list[tuple[int, Tensor, Tensor]]) -> Callable[[nn.Module, Any
 
 
 def combine(noted: Sequence[tuple[int, Tensor, Tensor]], estimator: Estimator) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) from (values per channel, mean, biased variance) of each batch; see the module."""
+    """Mean and variance (C,), float64, from (values per channel, mean, biased variance) of each batch."""
     counts = torch.tensor([n for n, _, _ in noted], dtype=torch.float64, device=noted[0][1].device)[:, None]
     means = torch.stack([m for _, m, _ in noted]).double()
     variances = torch.stack([v for _, _, v in noted]).double()
@@ -198,7 +199,7 @@ def combine(noted: Sequence[tuple[int, Tensor, Tensor]], estimator: Estimator) -
         mean = (share * means).sum(0)
         spread = (means - mean) ** 2 if estimator == "pooled" else torch.zeros_like(means)
         var = (share * (variances + spread)).sum(0)
-    return mean.float(), var.float()
+    return mean, var
 
 
 def check_estimator(estimator: str) -> None:

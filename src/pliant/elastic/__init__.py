@@ -2,5 +2,6 @@
 
 from pliant.elastic.bignas import BigNAS, MobileNet
 from pliant.elastic.sortednet import SortedNet
+from pliant.elastic.stitching import StitchNet
 
-__all__ = ["BigNAS", "MobileNet", "SortedNet"]
+__all__ = ["BigNAS", "MobileNet", "SortedNet", "StitchNet"]
