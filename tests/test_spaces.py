@@ -274,6 +274,14 @@ _RESNET = _resnet(width=(0.25, 0.5, 1.0), depth=(0.5, 1.0), expansion=(0.5, 1.0)
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
+def test_counting_on_a_hollow_network_is_the_same(seed: int) -> None:
+    _, axes, _ = _KERNELS
+    point = axes.space.canonical(axes.space.sample(_generator(seed)))
+    assert axes._count(point, axes._hollow) == axes._count(point, axes.slicing.model) == axes.flops(point)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
 def test_kernels_run_is_extract(seed: int) -> None:
     model, axes, x = _KERNELS
     network = axes.network(axes.space.sample(_generator(seed)))

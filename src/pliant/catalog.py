@@ -62,6 +62,18 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="proard",
+        path="pliant.elastic.proard:ProARD",
+        title="ProARD: progressive adversarial robustness distillation: provide wide range of robust students",
+        year=2025,
+        arxiv="2506.07666",
+        what="width, depth, expansion and filter size of one adversarially robust set of weights",
+        by="a search over predicted accuracy and robustness",
+        when="per deployment",
+        task="images",
+        extra="search",
+    ),
+    Entry(
         slug="sn-net",
         path="pliant.elastic.stitching:StitchNet",
         title="Stitchable neural networks",

@@ -34,7 +34,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pliant.core.inputs import Input, call, check_example, evaluating, first_tensor, logits, removing
+from pliant.core.inputs import Input, call, check_example, evaluating, first_tensor, logits, removing, take
 
 Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
 Cuts = dict[int, Runs]  # by dimension
@@ -187,6 +187,8 @@ class Slicing:
         if divisor < 1:
             raise ValueError(f"divisor: {divisor} is not a positive number of channels")
         self.model = model
+        check_example(model, example)
+        example = take(example, slice(0, 2))  # many small networks are tried: two rows tell as much
         self.shape = tuple(check_example(model, example).shape)
         names = [n for n, _ in model.named_modules()]
         for pattern in exclude:

@@ -21,11 +21,12 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
@@ -226,6 +227,7 @@ def _draw(choices: Sequence[Value], generator: torch.Generator) -> Value:
 
 Shares = Sequence[float]
 Inner = Callable[[int, float], int]
+_LARGE = 2e8  # FLOPs
 _WIDTH, _DEPTH, _EXPANSION = (0.5, 0.75, 1.0), (0.5, 1.0), (0.5, 0.75, 1.0)
 
 
@@ -291,6 +293,7 @@ class Axes:
                 raise ValueError(f"per_block: {axis!r} is not one of kernel, expansion")
         self.full_expansion = max(expansion, default=1.0)
         self.example = take(example, slice(0, 1))
+        example = take(example, slice(0, 2))
         self.stages = self._find_stages(_check_kernels(kernel))
         self._networks: OrderedDict[Point, SubNetwork] = OrderedDict()
         self._flops: dict[Point, int] = {}
@@ -565,12 +568,24 @@ class Axes:
         """FLOPs for one sample at ``point`` (2 per multiply-add), counted on one row of the example."""
         known = self.space.check(point)
         if known not in self._flops:
-            network, model = self.network(known), self.slicing.model
-            x = to_device(self.resized(self.example, known), device_of(model))
-            with evaluating(network.skeleton):
-                counted = count_flops(lambda: network.run(model, x), nonzero=False)
-            self._flops[known] = counted.total // rows_of(x)
+            # On tensors without numbers counting costs the same for every size; on real ones a small network is faster.
+            large = max(self._flops.values(), default=0) > _LARGE
+            try:
+                self._flops[known] = self._count(known, self._hollow if large else self.slicing.model)
+            except (RuntimeError, NotImplementedError):  # its forward looks at numbers
+                self._flops[known] = self._count(known, self.slicing.model)
         return self._flops[known]
+
+    def _count(self, point: Point, model: nn.Module) -> int:
+        network = self.network(point)
+        x = to_device(self.resized(self.example, point), device_of(model))
+        with evaluating(network.skeleton):
+            return count_flops(lambda: network.run(model, x), nonzero=False).total // rows_of(x)
+
+    @cached_property
+    def _hollow(self) -> nn.Module:
+        """The full network on the meta device."""
+        return self.slicing.build({}).skeleton
 
     def parameters(self, point: Mapping[str, Value]) -> int:
         """Parameters at ``point``, tied ones once."""

@@ -1,7 +1,8 @@
 """One network, many sizes."""
 
 from pliant.elastic.bignas import BigNAS, MobileNet
+from pliant.elastic.proard import ElasticResNet, ProARD
 from pliant.elastic.sortednet import SortedNet
 from pliant.elastic.stitching import StitchNet
 
-__all__ = ["BigNAS", "MobileNet", "SortedNet", "StitchNet"]
+__all__ = ["BigNAS", "ElasticResNet", "MobileNet", "ProARD", "SortedNet", "StitchNet"]
