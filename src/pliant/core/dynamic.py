@@ -9,9 +9,10 @@
 ``schedule(progress)``        called before every training step with progress in [0, 1], and once with 1 at the end
 ============================  ==============================================================================
 
-Four more members have defaults that suit most methods: ``epoch_end(validation)`` and ``finish(train)`` are called by
-``fit`` (after every epoch, and once after the last step), ``parameter_groups`` tells an optimiser what decays, and
-``config`` / ``structure`` tell ``save`` how to build the same network again.
+Five more members have defaults that suit most methods: ``attach_optimizer(optimizer)``, ``epoch_end(validation)`` and
+``finish(train)`` are called by ``fit`` (before the first step, after every epoch, and once after the last step),
+``parameter_groups`` tells an optimiser what decays, and ``config`` / ``structure`` tell ``save`` how to build the same
+network again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pliant.core.inputs import Batch
 
@@ -146,6 +148,9 @@ class Dynamic(nn.Module, ABC):
 
     def schedule(self, progress: float) -> None:
         """Called before every training step with the share of training done, and once with 1.0 after the last."""
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Called with the optimiser before its first step, for methods that change the shapes of what it moves."""
 
     def epoch_end(self, validation: Iterable[Batch] | None) -> None:
         """Called after every epoch, with the validation batches where ``fit`` was given some."""

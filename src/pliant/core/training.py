@@ -401,6 +401,7 @@ class _Run:
         for group in made.param_groups:
             group.setdefault("base_lr", group["lr"] * group.get("lr_scale", 1.0))
         self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.net), made)
+        self.net.attach_optimizer(self.optimizer.optimizer)
 
     def set_lr(self, factor: float) -> None:
         """The learning rate of every group: its own peak times ``factor``."""
