@@ -351,3 +351,27 @@ def test_nested_stacks_count_once() -> None:
     block = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.ModuleList(block)[0], nn.Sequential(*block[1:]))
     assert find_stacks(model, torch.randn(2, 4)) == {"2": 2, "3": 2}
+
+
+@pytest.mark.parametrize("slopes", [1, 4])
+def test_prelu_before_a_concatenation(slopes: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(1, 6, 3, padding=1)
+            self.act, self.c, self.head = nn.PReLU(slopes), nn.Conv2d(10, 5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat([self.act(self.a(x)), self.b(x).relu()], 1)
+            return self.head(self.c(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 1, 8, 8)
+    act = model.act
+    network = Slicing(model, x).subnetwork(0.5)
+    assert model.act is act
+    network.skeleton.eval()
+    small = network.extract(model)
+    assert small.act.weight.numel() == max(1, slopes // 2)
+    with torch.no_grad():
+        assert torch.equal(network.run(model, x), small(x))

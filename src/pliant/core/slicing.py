@@ -23,6 +23,7 @@ import fnmatch
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -692,7 +693,7 @@ def _trace(model: nn.Module, example: Input, excluded: Callable[[str], bool]) ->
     try:
         for p in frozen:  # the graph follows autograd
             p.requires_grad_(True)
-        with evaluating(model), warnings.catch_warnings(), torch.enable_grad():
+        with evaluating(model), warnings.catch_warnings(), torch.enable_grad(), _slopes_set_aside(model):
             warnings.simplefilter("ignore")
             graph.build_dependency(
                 model,
@@ -735,6 +736,24 @@ def _trace(model: nn.Module, example: Input, excluded: Callable[[str], bool]) ->
         traced.Group = original
         for p in frozen:
             p.requires_grad_(False)
+
+
+@contextmanager
+def _slopes_set_aside(model: nn.Module) -> Iterator[None]:
+    """A PReLU with one slope for all channels is any elementwise function to the graph, which cannot read its width."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, nn.PReLU) and child.num_parameters == 1
+    ]
+    for parent, name, _ in places:
+        parent._modules[name] = nn.LeakyReLU()
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 def _part(root: str, members: Sequence[Member]) -> list[Group]:
