@@ -5,11 +5,7 @@ Ratios measured in one run, one thread. Written to ``benchmarks/results/elastic.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +17,8 @@ from pliant.core.cost import count_bytes, time_ratio
 from pliant.core.frontier import evaluate
 from pliant.elastic.bignas import BigNAS
 from pliant.tasks.images import SmallResNet
+from tables import write
 
-RESULTS = Path(__file__).parent / "results"
 BATCH = 64
 
 
@@ -129,19 +125,13 @@ def main() -> None:
         "children in the space": net.space.size,
     }
     print(memory)
-    figures = {
-        "what": "SmallResNet as a super-network: resolution x width x depth x expansion; batch of 64, one thread; "
+    write(
+        "elastic",
+        "SmallResNet as a super-network: resolution x width x depth x expansion; batch of 64, one thread; "
         "the two sides of a ratio timed in turn",
-        "rows": rows,
-        "memory": memory,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / "elastic.part"
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(RESULTS / "elastic.json")
+        rows=rows,
+        memory=memory,
+    )
 
 
 if __name__ == "__main__":

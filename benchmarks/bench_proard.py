@@ -5,11 +5,7 @@ Ratios of time, timed in turn in one run. Written to ``benchmarks/results/proard
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +15,8 @@ from pliant.core.adversary import PGD, kl_objective
 from pliant.core.cost import Ratio, time_ratio
 from pliant.elastic.proard import AccRobPredictor, ProARD, measure_point, rslad_loss, sample
 from pliant.tasks.images import SmallResNet
+from tables import write
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, IMAGES, CANDIDATES = 64, 500, 16
 
 
@@ -104,20 +100,14 @@ def main() -> None:
     torch.manual_seed(0)
     x, y = torch.rand(IMAGES, 1, 28, 28), torch.randint(0, 10, (IMAGES,))
     net = ProARD(SmallResNet(), x[:2], calibration_images=IMAGES)
-    figures = {
-        "what": f"time ratios, SmallResNet (16, 32, 64) on 28x28, one thread. Steps: RSLAD with PGD-10, batch {BATCH}. "
+    write(
+        "proard",
+        f"time ratios, SmallResNet (16, 32, 64) on 28x28, one thread. Steps: RSLAD with PGD-10, batch {BATCH}. "
         f"Candidates: statistics on {IMAGES} images and PGD-20 on {IMAGES} images against the predictor, which has to "
         "be trained on measured candidates first (2,000 in the paper)",
-        "steps": _steps(net, x[:BATCH], y[:BATCH]),
-        "search": _candidates(net, x, y),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / "proard.part"
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(RESULTS / "proard.json")
+        steps=_steps(net, x[:BATCH], y[:BATCH]),
+        search=_candidates(net, x, y),
+    )
 
 
 if __name__ == "__main__":

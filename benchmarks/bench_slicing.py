@@ -5,18 +5,12 @@ Ratios of time, batch of 64 and of 1. Written to ``benchmarks/results/slicing.js
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from pathlib import Path
-
 import torch
 
 from pliant.core.cost import time_ratio
 from pliant.core.slicing import Slicing
 from pliant.tasks.images import SmallResNet
-
-RESULTS = Path(__file__).parent / "results"
+from tables import write
 
 
 def main() -> None:
@@ -47,17 +41,11 @@ def main() -> None:
                 }
             )
             print(rows[-1])
-    figures = {
-        "what": "time ratios, SmallResNet (32, 64, 128), one thread, the two timed in turn",
-        "rows": rows,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / "slicing.part"
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(RESULTS / "slicing.json")
+    write(
+        "slicing",
+        "time ratios, SmallResNet (32, 64, 128), one thread, the two timed in turn",
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

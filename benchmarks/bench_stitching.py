@@ -5,10 +5,6 @@ Ratios of times that are measured in turn. Written to ``benchmarks/results/stitc
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +13,8 @@ from torch import Tensor, nn
 from pliant.core.cost import count_bytes, time_ratio
 from pliant.elastic.stitching import StitchNet
 from pliant.tasks.images import SmallResNet
+from tables import write
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES, BATCH = 512, 64
 
 
@@ -132,18 +128,11 @@ def main() -> None:
     """Measure both families and write the table."""
     torch.set_num_threads(1)
     rows = [measure(name, anchors) for name, anchors in families().items()]
-    figures = {
-        "what": f"ratios of times measured in turn, one thread; least squares and epochs on {IMAGES} images of 28x28",
-        "rows": rows,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-    }
-    print(json.dumps(figures, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / "stitching.part"
-    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    temporary.replace(RESULTS / "stitching.json")
+    write(
+        "stitching",
+        f"ratios of times measured in turn, one thread; least squares and epochs on {IMAGES} images of 28x28",
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

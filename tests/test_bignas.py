@@ -530,6 +530,18 @@ def test_search_survives_saving(tmp_path: Path) -> None:
         assert torch.equal(again.use(point).eval()(x), net.use(point).eval()(x))
 
 
+def test_the_ready_made_network_survives_saving(tmp_path: Path) -> None:
+    net = _random_weights(_mobile(zero_gamma=True))
+    net.finish(_data(net, 1))
+    pliant.save(net, tmp_path / "net")
+    again = pliant.load(tmp_path / "net", model=copy.deepcopy(net.model))
+    assert isinstance(again, BigNAS)
+    assert again.space.coordinates == net.space.coordinates
+    x, _ = _batch(net)
+    for point in net.points():
+        assert torch.equal(again.use(point).eval()(x), net.use(point).eval()(x))
+
+
 # -- a user's own network, and fit ----------------------------------------------------------------------------------
 
 

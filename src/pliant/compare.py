@@ -220,13 +220,19 @@ def write(done: Comparison, folder: Path) -> None:
         "latency": [r.curve("latency", colours[r.method]) for r in done.results],
     }
     seeds = max(len(r.test) for r in done.results)
+    pruned = any(r.cost != "flops" for r in done.results)
     report.comparison(
         panels,
         [folder / "frontier.png", folder / "frontier.svg"],
         title=f"Accuracy against compute: {done.task.title}",
-        subtitle="solid: dynamic network · dashed: its honest opponent · "
-        "† at its FLOPs on non-zero weights, which saves no time (right) · "
-        + (f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed"),
+        subtitle=" · ".join(
+            [
+                "solid: dynamic network",
+                "dashed: its honest opponent",
+                *(["† at its FLOPs on non-zero weights, which saves no time (right)"] if pruned else []),
+                f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed",
+            ]
+        ),
     )
     text = json.dumps(done.to_dict(), indent=1)
     temporary = folder / ".results.json.part"
