@@ -79,6 +79,19 @@ def test_compare_on_your_own_network(own: Path) -> None:
     assert not list((own / "out").glob(".*"))  # no half-written files
 
 
+def test_the_elastic_family_on_your_own_network(own: Path) -> None:
+    arguments = ["compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "1", "--family", "elastic"]
+    result = run(*arguments, "--budget", "parameters=400", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [r["name"] for r in found["results"]] == [
+        "baseline", "SortedNet (one training)", "trained separately", "BigNAS (one training)", "SN-Net (stitched)",
+        "self-expanding (its growth)", "ProARD (robust, one training)",
+    ]  # fmt: skip
+    for slug in ("sortednet", "bignas", "sn-net", "self-expanding", "proard"):
+        assert (own / "out" / "networks" / slug).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

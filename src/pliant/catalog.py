@@ -85,6 +85,17 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="self-expanding",
+        path="pliant.elastic.self_expanding:SelfExpanding",
+        title="Self-expanding neural networks (SENN), and self expanding convolutional neural networks (SECNN)",
+        year=2024,
+        arxiv="2401.05686",
+        what="the number of units and layers, growing",
+        by="the natural expansion score of candidate additions",
+        when="during training",
+        task="images",
+    ),
+    Entry(
         slug="rd-pruning",
         path="pliant.sparsity.rd_pruning:RDPruning",
         title="Efficient joint optimization of layer-adaptive weight pruning in deep neural networks",
