@@ -82,6 +82,7 @@ def main() -> None:
 
     # Turning the dial and running, against running the extracted network.
     net.eval()
+    net.finish([(x, y)])
     points = net.points()
     for batch in (1, 64):
         for name, p in (("smallest", points[0]), ("middle", points[len(points) // 2])):
@@ -114,6 +115,7 @@ def main() -> None:
     )  # fmt: skip
 
     # Memory.
+    net.finish([(x, y)])
     whole = count_bytes(model)
     children = [count_bytes(net.extract(p)) for p in points]
     some = [count_bytes(plain[p]) for p in drawn]

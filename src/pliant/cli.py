@@ -120,7 +120,7 @@ def compare(
         if not as_json:
             shown = ", ".join(f"{k} <= {v:g}" for k, v in limits.items())
             typer.echo(
-                f"best within {shown}: {winner.result.name} at {winner.row.point}, "
+                f"best within {shown}: {winner.result.name} at {job.short_point(winner.row.point)}, "
                 f"{100 * winner.row.quality:.1f} % on test (chosen on validation)"
             )
             typer.echo(

@@ -284,14 +284,17 @@ def _check_writable(folder: Path) -> None:
 
 
 def table(done: Comparison) -> list[dict[str, str]]:
-    """The printed table: one row for each point, as strings."""
+    """The printed table: one row for each point, as strings; training time as a ratio to the baseline's."""
     rows = []
+    unit = statistics.fmean(done.results[0].seconds)
     for result in done.results:
+        training = f"{statistics.fmean(result.seconds) / unit:.1f}x"
         for point, m, spread in result.mean():
             rows.append(
                 {
                     "network": result.name,
-                    "point": str(point),
+                    "trained in": training,
+                    "point": short_point(point),
                     "accuracy %": f"{100 * m['quality']:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""),
                     "FLOPs": report.short(m["flops"]),
                     "non-zero": report.short(m["nonzero_flops"]),
@@ -299,7 +302,22 @@ def table(done: Comparison) -> list[dict[str, str]]:
                     "time": "-" if math.isnan(m["latency"]) else f"{m['latency']:.2f}x",
                 }
             )
+            training = ""
     return rows
+
+
+def short_point(point: Point) -> str:
+    """A point for a table: coordinates of many stages are put together by their axis.
+
+    >>> short_point(Point(**{"a.width": 8, "b.width": 16, "a.depth": 1, "b.depth": 2}))
+    'width=8/16 depth=1/2'
+    """
+    if len(point) < 4:
+        return str(point)
+    axes: dict[str, list[str]] = {}
+    for name, value in point.items():
+        axes.setdefault(name.rpartition(".")[2], []).append(str(Point(v=value)).partition("=")[2])
+    return " ".join(f"{axis}={'/'.join(values)}" for axis, values in axes.items())
 
 
 def own_task(model: str, data: str) -> Task:

@@ -120,7 +120,7 @@ def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log:
         axes.set_ylim(floor, values[-1] + 0.12 * (values[-1] - floor))
         below = sum(v < floor for v in values)
         axes.text(
-            0.01, 0.01, f"{below} points lie below {floor:.0f} %", transform=axes.transAxes, fontsize=8, color=MUTED
+            0.0, 1.01, f"{below} points lie below {floor:.0f} %", transform=axes.transAxes, fontsize=8, color=MUTED
         )
     axes.grid(color=GRID, linewidth=0.8, zorder=0)
     for side in ("top", "right"):
