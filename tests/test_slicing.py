@@ -375,3 +375,10 @@ def test_prelu_before_a_concatenation(slopes: int) -> None:
     assert small.act.weight.numel() == max(1, slopes // 2)
     with torch.no_grad():
         assert torch.equal(network.run(model, x), small(x))
+
+
+def test_a_model_that_is_nothing_but_blocks_is_no_stack_of_itself() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    assert find_stacks(model, x) == {}
+    with pytest.raises(ValueError, match="depth: no stack of blocks"):
+        Slicing(model, x, width=False).subnetwork(1.0, 0.5)

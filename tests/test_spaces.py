@@ -15,7 +15,7 @@ from pliant.core.cost import flops_per_sample
 from pliant.core.dynamic import Point
 from pliant.core.slicing import Slicing, can_crop, make_divisible
 from pliant.core.spaces import Axes, Coordinate, Space
-from pliant.tasks.images import SmallResNet
+from pliant.tasks.images import ResidualBlock, SmallResNet
 
 
 def _space() -> Space:
@@ -212,6 +212,20 @@ def test_per_block_choices_are_idle_where_the_block_is_gone() -> None:
              "stages.0.0.expansion": 0.5, "stages.0.1.expansion": 1.0}  # fmt: skip
     a, b = ({**small, "stages.1.1.expansion": e} for e in (0.5, 1.0))
     assert axes.flops(a) == axes.flops(b)
+
+
+def test_blocks_may_have_names() -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential()
+    for name in ("first", "second", "third"):
+        blocks.add_module(name, ResidualBlock(4, 4))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+    x = torch.randn(2, 1, 8, 8)
+    axes = Axes(Slicing(model, x), x, depth={"1": (1, 3)}, expansion=(0.5, 1.0), per_block=("expansion",))
+    assert axes.space.coordinates["1.2.expansion"].needs == ("1.depth", 3)
+    network = axes.network({**axes.space.largest, "1.depth": 1, "1.0.expansion": 0.5})
+    assert network.skeleton[1].first.conv1.out_channels == 2  # type: ignore[index]
+    assert network.run(model, x).shape == (2, 2)
 
 
 def test_kernels_are_centre_crops() -> None:

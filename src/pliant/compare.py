@@ -199,7 +199,8 @@ def compare(
         fit(base, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
         full = base.extract(base.point)
         note("baseline", "baseline", "baseline", base, start, full)
-        setting = Setting(task, base.model, full, seed, epochs, finetune, lr, note)
+        taken = done.results[0].seconds[-1]
+        setting = Setting(task, base.model, full, seed, epochs, finetune, lr, note, base_seconds=taken)
         for slug in methods:
             progress(f"seed {seed}: {catalog.find(slug).name}")
             RECIPES[slug](setting)

@@ -51,7 +51,9 @@ class Setting:
     finetune: int
     lr: float
     note: Note
+    base_seconds: float = 0.0  # that the baseline took to train
     _separate: dict[float, Plain] = field(default_factory=dict)
+    _seconds: dict[float, float] = field(default_factory=dict)
 
     def fit(self, net: Dynamic, **options: Any) -> None:
         """The training that the baseline had: the same epochs, rate and schedule, unless ``options`` say otherwise."""
@@ -68,9 +70,11 @@ class Setting:
             start = time.perf_counter()
             slicing = Slicing(self.task.model(self.seed), self.task.example)
             for width in WIDTHS[:-1]:
+                began = time.perf_counter()
                 model = fresh(slicing.subnetwork(width).extract(slicing.model), self.seed)
                 self._separate[width] = Plain(model, self.task.example)
                 self.fit(self._separate[width])
+                self._seconds[width] = time.perf_counter() - began
             self.done("trained separately", "opponent", slug, Several(self._separate), start)
         return self._separate
 
@@ -101,12 +105,12 @@ def _bignas(s: Setting) -> None:
 
 
 def _sn_net(s: Setting) -> None:
-    """Stitches between the separately trained networks and the baseline; what these cost to train is not its own."""
+    """Stitches between two separately trained networks and the baseline; their training counts as its own."""
     from pliant.elastic.stitching import StitchNet
 
-    separate = s.separate("sn-net")
-    start = time.perf_counter()
-    anchors = [copy.deepcopy(separate[width].model) for width in (0.25, 0.5)] + [copy.deepcopy(s.base)]
+    separate, small = s.separate("sn-net"), (0.25, 0.5)
+    start = time.perf_counter() - s.base_seconds - sum(s._seconds[width] for width in small)
+    anchors = [copy.deepcopy(separate[width].model) for width in small] + [copy.deepcopy(s.base)]
     net = StitchNet(anchors, s.task.example, seed=s.seed)
     net.initialize(s.task.train)
     s.fit(net, epochs=s.finetune * len(SPARSITY), lr=0.1 * s.lr)

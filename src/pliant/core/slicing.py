@@ -785,7 +785,8 @@ def find_stacks(model: nn.Module, example: Input) -> dict[str, int]:
     candidates = {
         name: list(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
+        if name  # the whole model is no part of itself
+        and isinstance(module, nn.ModuleList | nn.Sequential)
         and len(module) > 1
         and len({type(child) for child in module}) == 1
         and any(True for _ in module[0].parameters())

@@ -300,25 +300,14 @@ class Axes:
         coordinates = self._resolutions(resolution, example)
         widths, depths = self._widths(width), self._depths(depth)
         ratios = _check_numbers("expansion", expansion, inner is None)
-        for stage in self.stages.values():
-            name = f"{stage.name}." if stage.name else ""
-            if len(widths[stage.name]) > 1:
-                coordinates.append(Coordinate(f"{name}width", "width", widths[stage.name]))
-            if len(depths[stage.name]) > 1:
-                coordinates.append(Coordinate(f"{name}depth", "depth", depths[stage.name]))
+        for name, stage in self.stages.items():
+            coordinates += [Coordinate(f"{name}.width", "width", widths[name])] if len(widths[name]) > 1 else []
+            coordinates += [Coordinate(f"{name}.depth", "depth", depths[name])] if len(depths[name]) > 1 else []
             filters = {i: tuple(k for k in sorted(set(kernel)) if k <= max(found.values()))
                        for i, found in stage.kernels.items()}  # fmt: skip
-            swelling = dict.fromkeys(stage.inner, tuple(ratios))
+            swelling: dict[int, tuple[Value, ...]] = dict.fromkeys(stage.inner, tuple(ratios))
             for axis, by_block in (("kernel", filters), ("expansion", swelling)):
-                if axis in per_block:
-                    for i, choices in sorted(by_block.items()):
-                        varies = len(depths[stage.name]) > 1 and i >= int(depths[stage.name][0])
-                        needs = (f"{name}depth", i + 1) if varies else None
-                        coordinates += (
-                            [Coordinate(f"{name}{i}.{axis}", axis, choices, needs)] if len(choices) > 1 else []
-                        )
-                elif choices := max(by_block.values(), key=len, default=()):
-                    coordinates += [Coordinate(f"{name}{axis}", axis, choices)] if len(choices) > 1 else []
+                coordinates += self._inside(stage, axis, by_block, axis in per_block, depths[name])
         self.space = Space(coordinates)
         for axis, given in asked.items():
             lists: list[Any] = list(given.values()) if isinstance(given, Mapping) else [given or ()]
@@ -326,15 +315,33 @@ class Axes:
                 raise ValueError(f"{axis}: nothing in the model can change along it ({given}); leave it out")
         self._try(example)
 
+    def _inside(
+        self,
+        stage: Stage,
+        axis: str,
+        by_block: Mapping[int, tuple[Value, ...]],
+        each: bool,
+        depths: tuple[Value, ...],
+    ) -> list[Coordinate]:
+        """Coordinates of an axis inside the blocks of a stage: one for all of them, or one for each that varies."""
+        if not each:
+            choices = max(by_block.values(), key=len, default=())
+            return [Coordinate(f"{stage.name}.{axis}", axis, choices)] if len(choices) > 1 else []
+        found = []
+        for i, choices in sorted(by_block.items()):
+            comes_and_goes = len(depths) > 1 and i >= int(depths[0])
+            needs = (f"{stage.name}.depth", i + 1) if comes_and_goes else None
+            found += [Coordinate(f"{stage.name}.{i}.{axis}", axis, choices, needs)] if len(choices) > 1 else []
+        return found
+
     # -- reading the network ----------------------------------------------------------------------------------------
 
     def _place(self, name: str) -> tuple[str, int] | None:
         """The stack and the block that a module belongs to."""
         for stack in self.slicing.stacks:
             if name.startswith(f"{stack}."):
-                index = name[len(stack) + 1 :].split(".", 1)[0]
-                if index.isdecimal():
-                    return stack, int(index)
+                child = name[len(stack) + 1 :].split(".", 1)[0]
+                return stack, [n for n, _ in self.slicing.model.get_submodule(stack).named_children()].index(child)
         return None
 
     def _find_stages(self, kernel: Sequence[int]) -> dict[str, Stage]:
@@ -476,16 +483,14 @@ class Axes:
     def sizes(self, point: Mapping[str, Value]) -> dict[str, int]:
         """Kept channels of every group at ``point``."""
         found: dict[str, int] = {}
-        for stage in self.stages.values():
-            name = f"{stage.name}." if stage.name else ""
+        for name, stage in self.stages.items():
             for group in stage.width:
                 main = stage.width[0]
-                channels = int(point.get(f"{name}width", main.channels))
+                channels = int(point.get(f"{name}.width", main.channels))
                 found[group.name] = channels if group is main else _size(group, channels / main.channels)
-        for stage in self.stages.values():
-            name = f"{stage.name}." if stage.name else ""
+        for name, stage in self.stages.items():
             for block, groups in stage.inner.items():
-                e = point.get(f"{name}{block}.expansion", point.get(f"{name}expansion", self.full_expansion))
+                e = point.get(f"{name}.{block}.expansion", point.get(f"{name}.expansion", self.full_expansion))
                 inside = {g.name for g in groups}
                 done: dict[frozenset[str], float] = {}
                 for group in groups:
@@ -515,16 +520,15 @@ class Axes:
 
     def depths(self, point: Mapping[str, Value]) -> dict[str, int]:
         """Kept blocks of every stack at ``point``."""
-        return {n: int(point.get(f"{n}.depth" if n else "depth", s.blocks)) for n, s in self.stages.items() if s.blocks}
+        return {n: int(point.get(f"{n}.depth", s.blocks)) for n, s in self.stages.items() if s.blocks}
 
     def kernels(self, point: Mapping[str, Value]) -> dict[str, int]:
         """Filter sizes at ``point`` of the convolutions that can shrink."""
         found = {}
-        for stage in self.stages.values():
-            name = f"{stage.name}." if stage.name else ""
+        for name, stage in self.stages.items():
             for block, convolutions in stage.kernels.items():
                 for convolution, full in convolutions.items():
-                    size = point.get(f"{name}{block}.kernel", point.get(f"{name}kernel", full))
+                    size = point.get(f"{name}.{block}.kernel", point.get(f"{name}.kernel", full))
                     found[convolution] = min(int(size), full)
         return found
 

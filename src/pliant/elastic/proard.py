@@ -563,7 +563,7 @@ class ProARD(Dynamic):
         """Inner groups whose channels may be reordered, with the coordinate that sizes them, from back to front."""
         found = []
         for stage in self.axes.stages.values():
-            name = f"{stage.name}." if stage.name else ""
+            name = f"{stage.name}."
             for block, groups in stage.inner.items():
                 per_block = f"{name}{block}.expansion"
                 coordinate = per_block if per_block in self.space.coordinates else f"{name}expansion"
