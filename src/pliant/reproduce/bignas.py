@@ -9,7 +9,7 @@ teach.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pliant.core.dynamic import Point
 from pliant.core.frontier import accuracy, evaluate
 from pliant.core.training import fit
 from pliant.elastic.bignas import BigNAS, exponential_constant
+from pliant.reproduce.common import Batches, check, verdict
 from pliant.tasks import images
 
 STEPS, BATCH, LONG = 250, 64, 6
@@ -52,28 +53,12 @@ class _Net(nn.Module):
         return self.head(y)  # type: ignore[no-any-return]
 
 
-class _Batches:
-    """Random batches, the same for every arm of a seed."""
-
-    def __init__(self, x: Tensor, y: Tensor, seed: int, steps: int) -> None:
-        self.x, self.y, self.seed, self.steps = x, y, seed, steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.steps):
-            rows = torch.randint(len(self.x), (BATCH,), generator=generator)
-            yield self.x[rows], self.y[rows]
-
-    def __len__(self) -> int:
-        return self.steps
-
-
 def _net(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return _Net()
 
 
-def _train(net: BigNAS, data: _Batches) -> BigNAS:
+def _train(net: BigNAS, data: Batches) -> BigNAS:
     fit(
         net, data, steps=len(data), lr_schedule=exponential_constant(300), weight_decay=1e-5, clip=5.0, progress=False,
         seed=data.seed, optimizer=lambda groups: torch.optim.SGD(groups, 0.1, momentum=0.9, nesterov=True),
@@ -97,16 +82,16 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
     children = BigNAS(_net(0), data.example, **CHOICES).points()
     found: dict[str, list[list[float]]] = {}
 
-    def judge(name: str, net: BigNAS, batches: _Batches) -> None:
+    def judge(name: str, net: BigNAS, batches: Batches) -> None:
         net.calibrate(batches, points=children, batches=64)
         found.setdefault(name, []).append([100 * evaluate(net.use(p), test, accuracy) for p in children])
 
     for seed in range(seeds):
-        short, long = _Batches(x, y, seed, STEPS), _Batches(x, y, seed, LONG * STEPS)
+        short, long = Batches(x, y, seed, STEPS), Batches(x, y, seed, LONG * STEPS)
         for name, options in ARMS.items():
             progress(f"seed {seed}: {name}")
             net = BigNAS(_net(seed), data.example, seed=seed, **CHOICES, **options)
-            batches = _Batches(x, y, seed, 4 * STEPS) if options is PLAIN else short
+            batches = Batches(x, y, seed, 4 * STEPS) if options is PLAIN else short
             judge(name, _train(net, batches), batches)
             if name.startswith("sand"):
                 if not options:
@@ -118,14 +103,14 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
         source.calibrate(short, points=children, batches=1)
         for name, times in ALONE.items():
             progress(f"seed {seed}: {name}")
-            batches = _Batches(x, y, seed, times * STEPS)
+            batches = Batches(x, y, seed, times * STEPS)
             found.setdefault(name, []).append(
                 [_alone(source.extract(point), seed, data.example, batches, test) for point in children]
             )
     return _summary(found, children)
 
 
-def _alone(model: nn.Module, seed: int, example: Tensor, batches: _Batches, test: Any) -> float:
+def _alone(model: nn.Module, seed: int, example: Tensor, batches: Batches, test: Any) -> float:
     """Accuracy of a network of a child's size, trained by the same code from a start of its own."""
     sizes: dict[str, Any] = {"width": (1.0,), "depth": (1.0,), "expansion": (1.0,)}
     net = BigNAS(_fresh(model, seed), example, zero_gamma=True, stacks=["blocks"], **sizes, **PLAIN)
@@ -159,18 +144,17 @@ def _summary(found: dict[str, list[list[float]]], children: list[Point]) -> dict
     gain_short = statistics.fmean(mean(kd, i) - mean(sand, i) for i in range(n))
     gain_long = statistics.fmean(mean(long_kd, i) - mean(long_sand, i) for i in range(n))
     checks = [
-        _check(
+        check(
             "cut from the largest alone, children of width <= 16 fall 40 points behind the sandwich",
             min(mean(sand, i) - mean(alone_max, i) for i in narrow), least=40,
         ),
-        _check("the sandwich lifts the smallest child by 1.5 points over random children",
+        check("the sandwich lifts the smallest child by 1.5 points over random children",
                mean(sand, 0) - mean(rand, 0), least=1.5),
-        _check("BigNAS is at most 2 points behind training alone, same steps, for 4 of 5 children", near, least=4),
-        _check("... and behind training alone, four times the steps", near_four, least=4),
-        _check("without calibration every child is below 40 %",
+        check("BigNAS is at most 2 points behind training alone, same steps, for 4 of 5 children", near, least=4),
+        check("... and behind training alone, four times the steps", near_four, least=4),
+        check("without calibration every child is below 40 %",
                max(mean("sandkd without calibration", i) for i in range(n)), most=40),
     ]  # fmt: skip
-    held = sum(check["holds"] for check in checks)
     return {
         "claim": "Children of one super-network, trained by the sandwich with in-place distillation, are as good as "
         "networks trained by themselves, without retraining; only their normalisation statistics are estimated.",
@@ -184,7 +168,7 @@ def _summary(found: dict[str, list[list[float]]], children: list[Point]) -> dict
             for name, rows in found.items()
         ],
         "checks": checks,
-        "verdict": "holds" if held == len(checks) else "partly" if held >= len(checks) / 2 else "does not hold",
+        "verdict": verdict(checks),
         "notes": [
             f"In-place distillation against labels, mean over the children: {gain_short:+.2f} points after {STEPS} "
             f"steps, {gain_long:+.2f} after {LONG * STEPS}. Reported, not asserted.",
@@ -196,8 +180,3 @@ def _summary(found: dict[str, list[list[float]]], children: list[Point]) -> dict
 
 def _short(p: Point) -> str:
     return f"{p['blocks.width']}/{p['blocks.depth']}/{p['blocks.expansion']:g}"
-
-
-def _check(statement: str, value: float, *, least: float | None = None, most: float | None = None) -> dict[str, Any]:
-    holds = (least is None or value >= least) and (most is None or value <= most)
-    return {"statement": statement, "holds": holds, "measured": round(value, 2)}

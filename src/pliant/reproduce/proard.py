@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import importlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from pliant.core.dynamic import Point
 from pliant.core.inputs import evaluating
 from pliant.core.training import fit
 from pliant.elastic.proard import ProARD, train_progressively
+from pliant.reproduce.common import Batches, check, verdict
 
 EPS, STEP = 0.12, 0.03
 TEST = PGD(EPS, STEP, 10, start="uniform")
@@ -43,22 +44,6 @@ E = "(e) static students, distilled alone"
 B3, C3, D3 = (f"{arm}, 3x steps" for arm in (B, C, D))
 MEASURES = ("clean", "pgd")
 ALONE = (0, 2)  # which of the five architectures are also trained alone
-
-
-class _Batches:
-    """``count`` random batches, the same for every arm of a seed."""
-
-    def __init__(self, x: Tensor, y: Tensor, seed: int, count: int) -> None:
-        self.x, self.y, self.seed, self.count = x, y, seed, count
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.count):
-            rows = torch.randint(len(self.x), (BATCH,), generator=generator)
-            yield self.x[rows], self.y[rows]
-
-    def __len__(self) -> int:
-        return self.count
 
 
 class _Block(nn.Module):
@@ -148,7 +133,7 @@ def _student_arm(
     net = _elastic(model, x[:2], seed, teacher=teacher)
     if whole:
         net.phases = tuple(p if p.axis == "teacher" else replace(p, space=net.space, sorts=False) for p in net.phases)
-    batches = _Batches(x, y, seed, max(steps))
+    batches = Batches(x, y, seed, max(steps))
     train_progressively(net, batches, steps=steps, lrs=[rate] * len(steps), seed=seed, progress=False)
     return net
 
@@ -164,7 +149,7 @@ def _alone(
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
     net = _elastic(small, x[:2], seed, teacher=teacher, width=(1.0,), depth={}, expansion=(1.0,), pretrain=False)
-    fit(net, _Batches(x, y, seed, steps), steps=steps, lr=0.1, lr_schedule="cosine", weight_decay=3e-5, seed=seed,
+    fit(net, Batches(x, y, seed, steps), steps=steps, lr=0.1, lr_schedule="cosine", weight_decay=3e-5, seed=seed,
         progress=False)  # fmt: skip
     return net.extract(net.points()[0])
 
@@ -192,7 +177,7 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
         progress(f"seed {seed}: teacher")
         first = _elastic(_network(seed), x[:2], seed)
         first.enter("teacher")
-        fit(first, _Batches(x, y, seed, TEACHER_STEPS), steps=TEACHER_STEPS, lr=0.1, lr_schedule="cosine",
+        fit(first, Batches(x, y, seed, TEACHER_STEPS), steps=TEACHER_STEPS, lr=0.1, lr_schedule="cosine",
             weight_decay=2e-4, seed=seed, progress=False)  # fmt: skip
         teacher = first.deployed(first.space.largest, x)
         record(A, deployed(first))
@@ -265,14 +250,14 @@ def _report(
         for on in ("both", "clean")
     )
     checks = [
-        _check("(d) beats (a), slices, by 30 PGD points at the middle size", at(D, middle) - at(A, middle), 30),
-        _check("(d) beats (b), random weights, by 20 PGD points at the middle size", at(D, middle) - at(B, middle), 20),
-        _check("(d) beats (a) by 30 points under foolbox's LinfPGD, too", by_foolbox[D] - by_foolbox[A], 30),
-        _check("and under DeepFool, which nothing was trained on", by_deepfool[D] - by_deepfool[A], 30),
-        _check("(d) is within 5 PGD points of static students (e), mean of the two sizes trained alone",
-               statistics.fmean(at(D, i) for i in ALONE) - over(E), -5),
+        check("(d) beats (a), slices, by 30 PGD points at the middle size", at(D, middle) - at(A, middle), least=30),
+        check("(d) beats (b), random weights, by 20 PGD points at the middle size", at(D, middle) - at(B, middle),
+              least=20),
+        check("(d) beats (a) by 30 points under foolbox's LinfPGD, too", by_foolbox[D] - by_foolbox[A], least=30),
+        check("and under DeepFool, which nothing was trained on", by_deepfool[D] - by_deepfool[A], least=30),
+        check("(d) is within 5 PGD points of static students (e), mean of the two sizes trained alone",
+               statistics.fmean(at(D, i) for i in ALONE) - over(E), least=-5),
     ]  # fmt: skip
-    held = sum(check["holds"] for check in checks)
     return {
         "claim": "One progressive training gives robust students of all sizes, where random sampling fails "
         "(the paper: random sampling does not produce accurate and robust students).",
@@ -280,7 +265,7 @@ def _report(
         "baselines": [n for n in found if n not in (D, D3)],
         "table": table,
         "checks": checks,
-        "verdict": "holds" if held == len(checks) else "partly" if held >= len(checks) / 2 else "does not hold",
+        "verdict": verdict(checks),
         "notes": [
             "(d) minus (c), whole space from the teacher's weights, PGD, mean over the sizes: "
             f"{over(D) - over(C):+.1f}; with 3x the steps {over(D3) - over(C3):+.1f}. At the smallest size "
@@ -306,7 +291,3 @@ def _report(
                         f"foolbox's PGD {by_foolbox[n]:.1f}" for n, rows in outside.items()) + ".",
         ],
     }  # fmt: skip
-
-
-def _check(statement: str, value: float, least: float) -> dict[str, Any]:
-    return {"statement": statement, "holds": value >= least, "measured": round(value, 2)}

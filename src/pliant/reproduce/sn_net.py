@@ -16,7 +16,7 @@ import io
 import os
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pliant.core.cost import flops_per_sample
 from pliant.core.dynamic import Point
 from pliant.core.training import fit
 from pliant.elastic.stitching import StitchNet
+from pliant.reproduce.common import Batches, check, verdict
 from pliant.tasks import images
 
 WIDTHS, BLOCKS, STEPS, BATCH = (8, 64), 6, (250, 400), 64
@@ -74,27 +75,7 @@ class ResidualMLP(nn.Module):
         return y
 
 
-class _Batches:
-    """Random batches, the same for every arm of a seed."""
-
-    def __init__(self, x: Tensor, y: Tensor, steps: int, seed: int, flip: bool = False) -> None:
-        self.x, self.y, self.steps, self.seed, self.flip = x, y, steps, seed, flip
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.steps):
-            rows = torch.randint(len(self.x), (BATCH,), generator=generator)
-            x = self.x[rows]
-            if self.flip:
-                turned = torch.rand(BATCH, generator=generator) < 0.5
-                x = torch.where(turned[:, None, None, None], x.flip(-1), x)
-            yield x, self.y[rows]
-
-
-def _train(model: nn.Module, data: _Batches) -> nn.Module:
+def _train(model: nn.Module, data: Batches) -> nn.Module:
     """Ordinary training by AdamW with a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(data))
@@ -126,7 +107,7 @@ def _digits(seeds: int, progress: Callable[[str], None]) -> dict[str, Any]:
     found: dict[str, Any] = {"paths": {}, "anchors": [], "short": [], "long": [], "valid": []}
     for seed in range(seeds):
         progress(f"digits, seed {seed}")
-        anchors = [_train(ResidualMLP(w, 10 * seed + i), _Batches(x, y, STEPS[i], seed)) for i, w in enumerate(WIDTHS)]
+        anchors = [_train(ResidualMLP(w, 10 * seed + i), Batches(x, y, seed, STEPS[i])) for i, w in enumerate(WIDTHS)]
         found["anchors"].append([_accuracy(a, tx, ty) for a in anchors])
         for arm in ARMS:
             for steps in FINETUNE:
@@ -141,7 +122,7 @@ def _digits(seeds: int, progress: Callable[[str], None]) -> dict[str, Any]:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", UserWarning)  # that the layers are random: this arm is about it
                         fit(
-                            net, _Batches(x, y, steps, 100 + seed), steps=steps, lr_schedule="cosine", weight_decay=0.0,
+                            net, Batches(x, y, 100 + seed, steps), steps=steps, lr_schedule="cosine", weight_decay=0.0,
                             optimizer=lambda groups: torch.optim.AdamW(groups, LR / 10), seed=seed, progress=False,
                         )  # fmt: skip
                 found["paths"].setdefault((arm, steps), []).append(_all(net, tx, ty, ids))
@@ -149,7 +130,7 @@ def _digits(seeds: int, progress: Callable[[str], None]) -> dict[str, Any]:
                     found["valid"].append(_all(net, vx, vy, ids))
         share = FINETUNE[-1] // len(BETWEEN)
         for name, steps in (("short", share), ("long", STEPS[1])):
-            nets = [_train(ResidualMLP(w, 10 * seed + 5), _Batches(x, y, steps, seed)) for w in BETWEEN]
+            nets = [_train(ResidualMLP(w, 10 * seed + 5), Batches(x, y, seed, steps)) for w in BETWEEN]
             found[name].append([_accuracy(n, tx, ty) for n in nets])
     found["costs"] = [net.costs()[i]["flops"] for i in ids]
     found["between"] = [flops_per_sample(ResidualMLP(w, 0), x[:1]).total for w in BETWEEN]
@@ -290,7 +271,7 @@ def _cifar(seeds: int, progress: Callable[[str], None]) -> dict[str, Any] | None
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, CIFAR_STEPS)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
-                for batch in _Batches(x, y, CIFAR_STEPS, seed, flip=True):
+                for batch in Batches(x, y, seed, CIFAR_STEPS, flip=True):
                     optimizer.zero_grad()
                     net.loss(batch).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
@@ -340,18 +321,18 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
         if (best := within(budget))
     ]
     checks = [
-        _check("digits: least squares beats random layers by 50 points before training", gain[0], least=50),
-        _check("digits: ... by 20 points after 100 steps", gain[1], least=20),
-        _check(f"digits: ... and is not behind after {last} steps (mean of 16 stitches)", gain[2], least=0),
-        _check("digits: no stitch ends more than 1.5 points below the small anchor", worst, least=-1.5),
-        _check("digits: no anchor loses more than 2 points", lost, most=2),
-        _check(
+        check("digits: least squares beats random layers by 50 points before training", gain[0], least=50),
+        check("digits: ... by 20 points after 100 steps", gain[1], least=20),
+        check(f"digits: ... and is not behind after {last} steps (mean of 16 stitches)", gain[2], least=0),
+        check("digits: no stitch ends more than 1.5 points below the small anchor", worst, least=-1.5),
+        check("digits: no anchor loses more than 2 points", lost, most=2),
+        check(
             f"digits: the best stitch within the cost of a network trained alone ({last // len(BETWEEN)} steps "
             "each) is at most 1.5 points behind it",
             max(behind),
             most=1.5,
         ),
-        _check("digits: Spearman(cost, test accuracy) over the validation's Pareto set >= 0.7", order, least=0.7),
+        check("digits: Spearman(cost, test accuracy) over the validation's Pareto set >= 0.7", order, least=0.7),
     ]
     table: list[dict[str, Any]] = [
         {"part": "digits", "arm": f"{arm}, {steps} steps", "what": "16 stitches, mean of seeds"}
@@ -380,7 +361,6 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
         notes.append("The part on CIFAR-10-JPEG was left out: $PLIANT_DATA does not hold the images and the weights.")
     else:
         _add_cifar(c, table, checks, notes)
-    held = sum(check["holds"] for check in checks)
     return {
         "claim": "One stitched network gives dozens of networks between two trained ones at once; least-squares layers "
         "are near their targets before any training, and short joint training makes all of them good.",
@@ -388,7 +368,7 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
         "baselines": ["stitching layers that start at random", "networks of sizes between, each trained alone"],
         "table": table,
         "checks": checks,
-        "verdict": "holds" if held == len(checks) else "partly" if held >= len(checks) / 2 else "does not hold",
+        "verdict": verdict(checks),
         "notes": notes,
     }
 
@@ -422,14 +402,14 @@ def _add_cifar(c: dict[str, Any], table: list[dict[str, Any]], checks: list[dict
     fresh = [f"{arm}, 0 steps" for arm in ARMS]
     lost = max(c["alone"][(20, 56)[i]] - row[i] for row in c["anchors"][ARMS[0]] for i in (0, 1))
     checks += [
-        _check(
+        check(
             f"{part}: least squares beats random layers by 20 points before training", mean(fresh[0]) - mean(fresh[1]),
             least=20,
         ),
-        _check(
+        check(
             f"{part}: ... and is not behind after {CIFAR_STEPS} steps", mean(trained[0]) - mean(trained[1]), least=0
         ),
-        _check(f"{part}: no anchor loses more than 2 points", lost, most=2),
+        check(f"{part}: no anchor loses more than 2 points", lost, most=2),
     ]  # fmt: skip
     notes += [
         f"{part}: ResNets trained by others on the original pixels, which lose about ten points on these images; "
@@ -448,8 +428,3 @@ def _pair(rows: Sequence[Sequence[float]]) -> str:
 def _spread(values: Sequence[float]) -> dict[str, str]:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return {"accuracy": f"{statistics.fmean(values):.1f} ± {spread:.1f}"}
-
-
-def _check(statement: str, value: float, *, least: float | None = None, most: float | None = None) -> dict[str, Any]:
-    holds = (least is None or value >= least) and (most is None or value <= most)
-    return {"statement": statement, "holds": holds, "measured": round(value, 2)}

@@ -6,17 +6,18 @@ Every arm sees the same number of samples (500 steps of 64), with the same optim
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pliant.core.cost import flops_per_sample
 from pliant.core.frontier import measure
 from pliant.core.slicing import Slicing
 from pliant.core.training import fit
 from pliant.elastic.sortednet import SortedNet
+from pliant.reproduce.common import Batches, check, verdict
 from pliant.tasks import images
 
 WIDTHS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
@@ -30,22 +31,6 @@ ARMS = {
 SEPARATE = "(e) one network trained for each width"
 
 
-class _Batches:
-    """``STEPS`` random batches, the same for every arm of a seed."""
-
-    def __init__(self, x: Tensor, y: Tensor, seed: int) -> None:
-        self.x, self.y, self.seed = x, y, seed
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(STEPS):
-            rows = torch.randint(len(self.x), (BATCH,), generator=generator)
-            yield self.x[rows], self.y[rows]
-
-    def __len__(self) -> int:
-        return STEPS
-
-
 def _mlp(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(
@@ -53,7 +38,7 @@ def _mlp(seed: int) -> nn.Module:
     )
 
 
-def _train(net: SortedNet, data: _Batches) -> SortedNet:
+def _train(net: SortedNet, data: Batches) -> SortedNet:
     fit(
         net, data, steps=STEPS, lr_schedule="cosine", clip=5.0, weight_decay=0.0, progress=False, seed=data.seed,
         optimizer=lambda groups: torch.optim.SGD(groups, 0.1, momentum=0.9),
@@ -69,7 +54,7 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
     found: dict[str, list[list[float]]] = {name: [] for name in [*ARMS, SEPARATE]}
     for seed in range(seeds):
         progress(f"seed {seed}")
-        batches = _Batches(x, y, seed)
+        batches = Batches(x, y, seed, STEPS)
         for name, options in ARMS.items():
             net = _train(SortedNet(_mlp(seed), data.example, seed=seed, **options), batches)  # type: ignore[arg-type]
             if net.width == (1.0,):
@@ -102,14 +87,13 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
     apart = max(abs(mean(d, w) - mean(c, w)) for w in WIDTHS)
     loss = mean(a, 1.0) - mean(c, 1.0)
     checks = [
-        _check("(c) beats truncation (a) by 20 points at width 1/4", mean(c, 1 / 4) - mean(a, 1 / 4), least=20),
-        _check("(c) beats truncation (a) by 8 points at width 1/2", mean(c, 1 / 2) - mean(a, 1 / 2), least=8),
-        _check("(c) stays within 3 points of separate training (e) at every width from 1/8", behind, most=3),
-        _check("(c) is within 1.5 points of the sum (d) at every width", apart, most=1.5),
-        _check("a step of (c) costs less than 40 % of a step of (d), in percent of FLOPs", 100 * share, most=40),
-        _check("the full width loses at most 2 points to ordinary training (a)", loss, most=2),
+        check("(c) beats truncation (a) by 20 points at width 1/4", mean(c, 1 / 4) - mean(a, 1 / 4), least=20),
+        check("(c) beats truncation (a) by 8 points at width 1/2", mean(c, 1 / 2) - mean(a, 1 / 2), least=8),
+        check("(c) stays within 3 points of separate training (e) at every width from 1/8", behind, most=3),
+        check("(c) is within 1.5 points of the sum (d) at every width", apart, most=1.5),
+        check("a step of (c) costs less than 40 % of a step of (d), in percent of FLOPs", 100 * share, most=40),
+        check("the full width loses at most 2 points to ordinary training (a)", loss, most=2),
     ]
-    held = sum(check["holds"] for check in checks)
     return {
         "claim": "One training with random sub-networks gives all sizes nearly the quality of networks trained alone; "
         "the paper: 160 sub-models with at least 96 % of the full model's performance.",
@@ -122,7 +106,7 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
             for name, rows in found.items()
         ],
         "checks": checks,
-        "verdict": "holds" if held == len(checks) else "partly" if held >= len(checks) / 2 else "does not hold",
+        "verdict": verdict(checks),
         "notes": [
             f"Worst share of the full width's accuracy from width 1/8 on: {100 * worst:.1f} %; at 1/32 it is "
             f"{100 * mean(c, 1 / 32) / mean(c, 1.0):.1f} %.",
@@ -131,8 +115,3 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
             f"The full width loses {loss:.1f} points to ordinary training.",
         ],
     }
-
-
-def _check(statement: str, value: float, *, least: float | None = None, most: float | None = None) -> dict[str, Any]:
-    holds = (least is None or value >= least) and (most is None or value <= most)
-    return {"statement": statement, "holds": holds, "measured": round(value, 2)}
