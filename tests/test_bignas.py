@@ -577,6 +577,47 @@ def test_transformer_blocks() -> None:
     assert torch.equal(net.eval()(x), net.extract(net.point)(x))
 
 
+def _published(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """Small networks of transformers, random weights: the model, an input, options."""
+    t = pytest.importorskip("transformers")
+    images, words = {"pixel_values": torch.randn(2, 3, 32, 32)}, {"input_ids": torch.randint(0, 50, (2, 9))}
+    common: dict[str, Any] = {"num_labels": 5}
+    if name == "vit":
+        config = t.ViTConfig(
+            hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=32,
+            patch_size=8, **common,
+        )  # fmt: skip
+        return t.ViTForImageClassification(config), images, {}
+    if name == "regnet":  # grouped convolutions
+        config = t.RegNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], groups_width=8, **common)
+        return t.RegNetForImageClassification(config), images, {}
+    if name == "convnext":  # 7x7 depthwise filters
+        config = t.ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, **common)
+        return t.ConvNextForImageClassification(config), images, {"kernel": (3, 5, 7)}
+    config = t.BertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, vocab_size=50, **common
+    )
+    return t.BertForSequenceClassification(config), words, {}
+
+
+@pytest.mark.parametrize("name", ["vit", "regnet", "convnext", "bert"])
+def test_published_networks_without_a_configuration(name: str) -> None:
+    torch.manual_seed(0)
+    model, x, options = _published(name)
+    net = BigNAS(model, x, **options)
+    axes = {c.axis for c in net.space.coordinates.values()}
+    assert axes == {"width", "depth", "expansion", *options}
+    batch = {**x, "labels": torch.tensor([0, 1])}
+    net.train().loss(batch).backward()
+    generator = torch.Generator().manual_seed(0)
+    net.eval()
+    for _ in range(3):
+        point = net.space.canonical(net.space.sample(generator))
+        net.calibrate([batch], points=[point])
+        with torch.no_grad():
+            assert torch.equal(net.use(point)(**x).logits, net.extract(point)(**x).logits), point
+
+
 def test_decay_is_on_weights_of_the_largest_alone() -> None:
     net = _resnet()
     decayed, free = net.parameter_groups(1e-5)
