@@ -56,8 +56,8 @@ def kept(channels: int, width: float, units: int | None = None) -> int:
 def make_divisible(value: float, divisor: int = 8) -> int:
     """The multiple of ``divisor`` nearest to ``value``, at least one, and never below 90 % of ``value``.
 
-    >>> [make_divisible(v) for v in (41.6, 51.2, 64, 166.4, 20.8)]
-    [40, 48, 64, 168, 24]
+    >>> tuple(make_divisible(v) for v in (41.6, 51.2, 64, 166.4, 20.8))
+    (40, 48, 64, 168, 24)
     """
     n = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return n + divisor if n < 0.9 * value else n
