@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pliant.core.inputs import call, logits
-from pliant.core.slicing import Slicing, find_stacks, kept
+from pliant.core.slicing import Slicing, SubNetwork, find_stacks, kept
 from pliant.tasks.images import ResidualBlock, SmallResNet
 
 WIDTHS = (0.05, 0.25, 0.5, 0.75, 1.0)
@@ -382,3 +383,99 @@ def test_a_model_that_is_nothing_but_blocks_is_no_stack_of_itself() -> None:
     assert find_stacks(model, x) == {}
     with pytest.raises(ValueError, match="depth: no stack of blocks"):
         Slicing(model, x, width=False).subnetwork(1.0, 0.5)
+
+
+# -- views that stay in place ---------------------------------------------------------------------------------------
+
+
+def _half(model: nn.Module, x: Tensor) -> SubNetwork:
+    network = Slicing(model, x).subnetwork(0.5)
+    network.skeleton.eval()
+    return network
+
+
+class Columns(nn.Module):
+    """A convolution, whose cut is a view, and linear layers, whose cut columns are copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)
+        self.fc1, self.fc2 = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.fc2(torch.tanh(self.fc1(y)))  # type: ignore[no-any-return]
+
+
+def _check_infer(network: SubNetwork, model: nn.Module, x: Tensor, context: Any = torch.no_grad) -> None:
+    with context():
+        expected = network.run(model, x)
+        for _ in range(2):
+            assert torch.equal(network.infer(model, x), expected)
+
+
+def test_infer_follows_whatever_happens_to_the_parameters() -> None:
+    torch.manual_seed(0)
+    model, x = Columns().eval(), torch.randn(4, 1, 8, 8)
+    network = _half(model, x)
+    _check_infer(network, model, x)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    network.run(model, x).sum().backward()
+    optimizer.step()
+    _check_infer(network, model, x)
+    for p in model.parameters():  # behind the back of the version counter
+        p.data.mul_(1.1)
+    _check_infer(network, model, x)
+    model.fc2.weight = nn.Parameter(torch.randn(3, 6))
+    _check_infer(network, model, x)
+    model.fc1.weight.data = torch.randn(6, 8)
+    _check_infer(network, model, x)
+    model.norm.running_mean = torch.randn(8)
+    _check_infer(network, model, x)
+    model.load_state_dict(Columns().state_dict())
+    _check_infer(network, model, x)
+    _check_infer(network, model, x, torch.inference_mode)
+    _check_infer(network, model, x)
+    model.double()
+    _check_infer(network, model, x.double())
+
+
+def test_infer_with_tensors_in_place_of_others() -> None:
+    torch.manual_seed(0)
+    model, x = Columns().eval(), torch.randn(4, 1, 8, 8)
+    network = _half(model, x)
+    rows = torch.rand(2, 2, 4)
+
+    def statistics(row: int) -> dict[str, Tensor]:
+        return {"norm.running_mean": rows[row, 0], "norm.running_var": rows[row, 1]}
+
+    with torch.no_grad():
+        for row in (0, 1, 0):
+            for _ in range(2):
+                out = network.infer(model, x, lambda r=row: statistics(r), row)  # type: ignore[misc]
+                assert torch.equal(out, network.run(model, x, statistics(row)))
+            rows[row] += 1.0  # a view shows it
+            assert torch.equal(
+                network.infer(model, x, lambda r=row: statistics(r), row),  # type: ignore[misc]
+                network.run(model, x, statistics(row)),
+            )
+
+
+def test_infer_leaves_gradients_and_copies_alone() -> None:
+    torch.manual_seed(0)
+    model, x = Columns().eval(), torch.randn(4, 1, 8, 8)
+    network = _half(model, x)
+    with torch.no_grad():
+        expected = network.infer(model, x)
+    network.infer(model, x).sum().backward()  # gradients are wanted: nothing stays in place
+    assert model.conv.weight.grad is not None
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        assert torch.equal(other.infer(model, x), expected)
+        again = pickle.loads(pickle.dumps(network))
+        assert torch.equal(again.infer(model, x), expected)
+    assert all(p.is_meta for p in network.skeleton.parameters())
+    child = network.extract(model)
+    assert torch.equal(child(x), expected)
+    network.skeleton.train()
+    assert not torch.equal(network.infer(model, x), expected)  # batch statistics

@@ -114,6 +114,10 @@ class NormTable(nn.Module):
             "call net.finish(train) or net.calibrate(data) first (pliant.fit does so at its end)"
         )
 
+    def place(self, point: Point) -> tuple[int, ...]:
+        """Where the row of ``point`` lies in memory: while this stays the same, so do its ``tensors``."""
+        return (self._rows.get(point, -1), self.mean.data_ptr(), self.var.data_ptr())
+
     def tensors(self, point: Point, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """The buffers of ``point`` by name, as views on its row.
 

@@ -138,6 +138,38 @@ class SubNetwork:
         kwargs = dict(x) if isinstance(x, Mapping) else {}
         return functional_call(self.skeleton, tensors, args, kwargs, tie_weights=False)
 
+    def infer(
+        self, model: nn.Module, x: Input, replace: Callable[[], Mapping[str, Tensor]] = dict, key: object = None
+    ) -> Any:
+        """``run`` in evaluation mode, for many calls without gradients: views stay in place from one to the next.
+
+        A view shows its parameter as it is now, whoever changed it and how; what has to be copied (see ``views``) is
+        copied anew for each call. Everything is put in place again when a parameter was moved or replaced.
+
+        Args:
+            model: the full network.
+            x: an input.
+            replace: tensors that override some, asked for when they are put in place; views, so that they stay right.
+            key: whatever tells that ``replace`` would give other tensors than last time.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.skeleton.training:
+            return self.run(model, x, replace())
+        full = _lookup(model, self._places)
+        # A tensor's place in memory tells that it was moved; inference mode makes tensors of another kind.
+        now = (key, torch.is_inference_mode_enabled(), *((id(t), t.data_ptr()) for t in full.values()))
+        mount = self._mount
+        if mount.network is None or mount.key != now:
+            mount.put(self, now, self.views(model), replace(), full)
+        if mount.copied:
+            with torch.enable_grad():
+                for owner, leaf, name in mount.copied:
+                    owner[leaf] = _cut(full[name], self.cuts[name]).contiguous()
+        return call(mount.network, x)  # type: ignore[arg-type]
+
+    @cached_property
+    def _mount(self) -> _Mount:
+        return _Mount()
+
     def extract(self, model: nn.Module, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A plain network with contiguous copies of the weights, in evaluation mode. Tied weights stay tied."""
         network = copy.deepcopy(self.skeleton)
@@ -156,6 +188,43 @@ class SubNetwork:
             store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
             store[leaf] = made[id(full[name])]
         return network.eval()
+
+
+class _Mount:
+    """A copy of a skeleton with the views in place of its parameters. Copies of it are empty."""
+
+    def __init__(self) -> None:
+        self.network: nn.Module | None = None
+        self.key: object = None
+        self.copied: list[tuple[dict[str, Any], str, str]] = []  # (tensors of a module, name there, full name)
+
+    def put(
+        self,
+        of: SubNetwork,
+        key: object,
+        views: Mapping[str, Tensor],
+        replaced: Mapping[str, Tensor],
+        full: Mapping[str, Tensor],
+    ) -> None:
+        """Build the network anew."""
+        held = {id(t): t for t in [*of.skeleton.parameters(), *of.skeleton.buffers()]}
+        self.network, self.key, self.copied = _copy_of(of.skeleton, held).eval(), key, []
+        for name, tensor in {**views, **replaced}.items():
+            path, _, leaf = name.rpartition(".")
+            owner = self.network.get_submodule(path)
+            tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+            tensors[leaf] = tensor
+            own_memory = (
+                name in of.cuts and tensor.untyped_storage().data_ptr() != full[name].untyped_storage().data_ptr()
+            )
+            if own_memory and name not in replaced:
+                self.copied.append((tensors, leaf, name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mount:
+        return _Mount()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Mount, ())
 
 
 class Slicing:

@@ -279,20 +279,18 @@ class BigNAS(Dynamic):
     # -- running ----------------------------------------------------------------------------------------------------
 
     def _run(self, point: Point, x: Input, regularized: bool = True) -> Any:
-        network = self.axes.network(point)
-        tensors: dict[str, Tensor] = {}
-        if self.training:
-            network.skeleton.train()
-            for module in network.modules.values():
-                if isinstance(module, _NormBase):
-                    module.momentum = 0.0  # batch statistics, and the buffers that all children share stay as they are
-                elif not regularized and "drop" in type(module).__name__.lower():
-                    module.eval()
-        else:
+        network, x = self.axes.network(point), self.axes.resized(x, point)
+        if not self.training:
             if network.skeleton.training:
                 network.skeleton.eval()
-            tensors = self._statistics(point, network)
-        return network.run(self.model, self.axes.resized(x, point), tensors)
+            return network.infer(self.model, x, lambda: self._statistics(point, network), self.norms.place(point))
+        network.skeleton.train()
+        for module in network.modules.values():
+            if isinstance(module, _NormBase):
+                module.momentum = 0.0  # batch statistics, and the buffers that all children share stay as they are
+            elif not regularized and "drop" in type(module).__name__.lower():
+                module.eval()
+        return network.run(self.model, x)
 
     def _statistics(self, point: Point, network: SubNetwork) -> dict[str, Tensor]:
         return self.norms.tensors(point, network.modules) if point in self.norms else {}

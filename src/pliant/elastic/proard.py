@@ -680,7 +680,11 @@ class ProARD(Dynamic):
         if self.training:
             return self._run(network, x, "train")
         self.norms.check(self.point)
-        return self._run(network, x, "eval", self._statistics(self.point, network))
+        network.skeleton.eval()
+        if self.matrices:  # filters are products, which no view shows
+            return self._run(network, x, "eval", self._statistics(self.point, network))
+        place = self.norms.place(self.point)
+        return network.infer(self.model, x, lambda: self._statistics(self.point, network), place)
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective of the current phase on one batch of inputs (B, ...) and labels (B,): a scalar.

@@ -337,7 +337,10 @@ class SortedNet(Dynamic):
     # -- running ------------------------------------------------------------------------------------------------
 
     def _run(self, point: Point, x: Input) -> Any:
-        return self._ready(point).run(self.model, x, self._statistics(point))
+        network = self._ready(point)
+        if self.training:
+            return network.run(self.model, x, self._statistics(point))
+        return network.infer(self.model, x, lambda: self._statistics(point), self.norms.place(point))
 
     def _ready(self, point: Point) -> SubNetwork:
         """The sub-network of ``point`` in this network's mode."""
