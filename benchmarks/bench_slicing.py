@@ -27,7 +27,7 @@ def main() -> None:
         for batch in (1, 64):
             x = torch.randn(batch, 1, 28, 28)
             with torch.no_grad():
-                sliced = time_ratio(lambda: network.run(model, x), lambda: plain(x), repeats=31)  # noqa: B023
+                sliced = time_ratio(lambda: network.infer(model, x), lambda: plain(x), repeats=31)  # noqa: B023
                 # A masked network runs all channels, whatever their value: its time is the full network's.
                 masked = time_ratio(lambda: model(x), lambda: plain(x), repeats=31)  # noqa: B023
             rows.append(
