@@ -296,6 +296,46 @@ def test_dropout_acts_in_the_largest_child_alone() -> None:
     assert used[4:] == [True] * 4
 
 
+def test_dropout_inside_attention_is_off_in_other_children() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 4, 32, 0.5, batch_first=True) for _ in range(2)]
+    net = BigNAS(nn.Sequential(nn.Linear(6, 16), nn.Sequential(*layers), nn.Linear(16, 3)), torch.randn(2, 5, 6))
+    x, point = torch.randn(4, 5, 6), net.space.smallest
+    net.train()
+    assert torch.equal(net._run(point, x, regularized=False), net._run(point, x, regularized=False))
+    assert not torch.equal(net._run(point, x, regularized=True), net._run(point, x, regularized=True))
+    net._run(point, x, regularized=False)
+    net.eval().use(point)
+    with torch.no_grad():
+        assert torch.equal(net(x), net.extract(point)(x))
+    assert torch.equal(net(x), net.extract(point)(x))  # with gradients as well
+
+
+def test_evaluation_mode_after_training_with_batch_statistics() -> None:
+    """Children train with batch statistics; whatever way they are run afterwards, they use their own."""
+    net = _random_weights(_resnet())
+    x, y = _batch(net)
+    net.train().loss((x, y)).backward()
+    net.finish(_data(net))
+    net.eval()
+    for point in net.points():
+        child = net.use(point).extract(point)
+        assert torch.equal(net(x), child(x))
+        with torch.no_grad():
+            assert torch.equal(net(x), child(x))
+
+
+def test_loss_in_evaluation_mode_is_that_of_the_child_in_use() -> None:
+    net = _resnet(label_smoothing=0.0)
+    x, y = _batch(net)
+    net.finish(_data(net))
+    before = int(net.draws)
+    net.eval().use(net.points()[0])
+    assert torch.equal(net.loss((x, y)), F.cross_entropy(net(x), y))
+    assert int(net.draws) == before
+    net(x)  # statistics are still trusted
+
+
 def test_drop_connect_keeps_the_mean() -> None:
     torch.manual_seed(0)
     drop = DropConnect(0.25).train()

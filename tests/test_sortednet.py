@@ -428,3 +428,15 @@ def test_labels_inside_a_mapping() -> None:
     net = SortedNet(Keyword(), {"values": X[:2]}, width=WIDTHS)
     assert net.loss({"values": X, "labels": Y}).isfinite()
     assert net.eval()({"values": X})["logits"].shape == (32, 4)
+
+
+def test_loss_in_evaluation_mode_is_that_of_the_point_in_use() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    net = SortedNet(model, x[:2], width=(0.5, 1.0))
+    net.finish([(x, y)])
+    net.eval().use({"width": 0.5, "depth": 1.0})
+    draws = int(net.draws)
+    assert torch.equal(net.loss((x, y)), torch.nn.functional.cross_entropy(net(x), y))
+    assert int(net.draws) == draws

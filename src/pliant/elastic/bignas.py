@@ -198,8 +198,11 @@ class BigNAS(Dynamic):
         return self._run(self.point, packed(args, kwargs))
 
     def loss(self, batch: Batch) -> Tensor:
-        """The sandwich of the module's docstring on one batch (a scalar)."""
+        """The sandwich of the module's docstring on one batch (a scalar); in evaluation mode the child in use alone."""
         x, y = split_batch(batch)
+        if not self.training:
+            self.norms.check(self.point)
+            return self._criterion(logits(self._run(self.point, x)), y)
         self.norms.stale()
         losses: list[Tensor] = []
         z: Tensor | None = None
@@ -284,13 +287,14 @@ class BigNAS(Dynamic):
             if network.skeleton.training:
                 network.skeleton.eval()
             return network.infer(self.model, x, lambda: self._statistics(point, network), self.norms.place(point))
-        network.skeleton.train()
+        network.skeleton.train(regularized)  # all that is random in training: dropout, in attention too, drop-connect
         for module in network.modules.values():
             if isinstance(module, _NormBase):
+                module.train()
                 module.momentum = 0.0  # batch statistics, and the buffers that all children share stay as they are
-            elif not regularized and "drop" in type(module).__name__.lower():
-                module.eval()
-        return network.run(self.model, x)
+        output = network.run(self.model, x)
+        network.skeleton.train()  # so that evaluation knows that it has to turn everything
+        return output
 
     def _statistics(self, point: Point, network: SubNetwork) -> dict[str, Tensor]:
         return self.norms.tensors(point, network.modules) if point in self.norms else {}

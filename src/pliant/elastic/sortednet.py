@@ -207,8 +207,11 @@ class SortedNet(Dynamic):
         return self._run(self.point, packed(args, kwargs))
 
     def loss(self, batch: Batch) -> Tensor:
-        """The objective of the module's docstring on one batch (a scalar)."""
+        """The objective of the module's docstring on one batch (a scalar); in evaluation mode of the point in use."""
         x, y = split_batch(batch)
+        if not self.training:
+            self.norms.check(self.point)
+            return self._criterion(self._run(self.point, x), y)
         if self.norm_stats == "recalibrate":
             self.norms.stale()
         if self.mode == "sum":
