@@ -115,7 +115,7 @@ def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log:
     values = sorted(y for c in curves for y in c.y)
     axes.margins(x=0.12, y=0.1)
     floor = values[len(values) // 4] - 5
-    if len(values) > 4 and values[0] < floor - 5:
+    if len(values) > 4 and values[0] < floor - 2:
         # A few collapsed points must not flatten all others: they are cut off, and that is said.
         axes.set_ylim(floor, values[-1] + 0.12 * (values[-1] - floor))
         below = sum(v < floor for v in values)
