@@ -19,6 +19,7 @@ from pliant.core.dynamic import Point
 from pliant.core.frontier import accuracy, evaluate
 from pliant.core.training import fit
 from pliant.elastic.bignas import BigNAS, exponential_constant
+from pliant.recipes import fresh
 from pliant.reproduce.common import Batches, check, verdict
 from pliant.tasks import images
 
@@ -66,14 +67,6 @@ def _train(net: BigNAS, data: Batches) -> BigNAS:
     return net
 
 
-def _fresh(model: nn.Module, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
-    return model
-
-
 def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, Any]:
     """All arms for ``seeds`` seeds: test accuracy in percent of five children from the smallest to the largest."""
     data = images.load("digits")
@@ -113,7 +106,7 @@ def run(seeds: int = 3, progress: Callable[[str], None] = print) -> dict[str, An
 def _alone(model: nn.Module, seed: int, example: Tensor, batches: Batches, test: Any) -> float:
     """Accuracy of a network of a child's size, trained by the same code from a start of its own."""
     sizes: dict[str, Any] = {"width": (1.0,), "depth": (1.0,), "expansion": (1.0,)}
-    net = BigNAS(_fresh(model, seed), example, zero_gamma=True, stacks=["blocks"], **sizes, **PLAIN)
+    net = BigNAS(fresh(model, seed), example, zero_gamma=True, stacks=["blocks"], **sizes, **PLAIN)
     return 100 * evaluate(_train(net, batches).use(net.points()[-1]), test, accuracy)
 
 

@@ -28,6 +28,7 @@ from pliant.core.inputs import evaluating
 from pliant.core.training import fit
 from pliant.elastic.proard import ProARD, train_progressively
 from pliant.reproduce.common import Batches, check, verdict
+from pliant.tasks.images import ResidualBlock
 
 EPS, STEP = 0.12, 0.03
 TEST = PGD(EPS, STEP, 10, start="uniform")
@@ -46,27 +47,12 @@ MEASURES = ("clean", "pgd")
 ALONE = (0, 2)  # which of the five architectures are also trained alone
 
 
-class _Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut, (B, C, H, W) -> the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return torch.relu(x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))))
-
-
 def _network(seed: int) -> nn.Module:
     """(B, 1, 8, 8) -> (B, 10): 32 channels, three blocks at 4x4."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(2),
-        nn.Sequential(_Block(32), _Block(32), _Block(32)),
+        nn.Sequential(ResidualBlock(32, 32), ResidualBlock(32, 32), ResidualBlock(32, 32)),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
     )  # fmt: skip
 
