@@ -294,51 +294,78 @@ def test_multiply_adds_of_other_layers() -> None:
         assert masks.multiply_adds(net, masks.prunable(net), x) == expected
 
 
-@pytest.mark.parametrize("shape", [(64, 96), (96,), (2, 3, 96)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_sparse_linear_equals_the_masked_layer_and_its_state_round_trips(shape: tuple[int, ...], bias: bool) -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(96, 32, bias=bias)
-    with torch.no_grad():
-        layer.weight[~masks.magnitude_mask(layer.weight, 2800)] = 0
-    sparse = masks.SparseLinear(layer)
-    x = torch.randn(shape)
-    y = layer(x)
-    assert sparse(x).shape == y.shape
-    assert (sparse(x) - y).norm() <= 1e-5 * y.norm()
-    other = nn.Linear(96, 32, bias=bias)
-    with torch.no_grad():
-        other.weight[~masks.magnitude_mask(other.weight, 2800)] = 0
-    fresh = masks.SparseLinear(other)
-    fresh.load_state_dict(sparse.state_dict())
-    assert torch.equal(fresh(x), sparse(x))
-    assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
+# -- scores and budgets ---------------------------------------------------------------------------------------------
 
 
-def test_compile_sparse_says_what_it_chose_and_changes_no_output() -> None:
+def test_scores_match_their_definitions() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.Flatten(),
-        nn.Linear(4 * 36, 64),
-        nn.ReLU(),
-        nn.Linear(64, 1024),
-        nn.ReLU(),
-        nn.Linear(1024, 1024),
-    ).eval()
-    with torch.no_grad():
-        for i, share in ((2, 0.5), (6, 0.99)):
-            w = model[i].weight
-            w[~masks.magnitude_mask(w, int(share * w.numel()))] = 0
-    x = torch.randn(64, 1, 8, 8)
-    y = model(x)
-    report = masks.compile_sparse(model, 0.85, x)
-    assert set(report) == {"0", "2", "4", "6"}
-    assert "no sparse convolution" in report["0"]
-    assert report["2"].startswith("dense: 50.0% zeros, below min_sparsity=0.85")
-    assert report["6"].startswith("csr: 99.0% zeros")  # a hundredth of the products: far above break-even
-    assert isinstance(model[6], masks.SparseLinear)
-    assert isinstance(model[4], nn.Linear)
-    assert (model(x) - y).norm() <= 1e-5 * y.norm()
-    with pytest.raises(ValueError, match="min_sparsity"):
-        masks.compile_sparse(model, 1.5)
+    weight, inputs = torch.randn(5, 6, dtype=torch.float64), torch.randn(40, 6, dtype=torch.float64)
+    assert torch.equal(masks.magnitude_score(weight), weight.abs())
+    assert torch.equal(masks.wanda_score(weight, inputs.norm(dim=0)), weight.abs() * inputs.norm(dim=0))
+    h = 2 / 40 * inputs.t() @ inputs
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped)).t()  # A = L L^T = U^T U
+    assert torch.allclose(masks.sparsegpt_score(weight, h), weight**2 / upper.diagonal() ** 2, rtol=1e-9)
+
+
+def test_the_score_of_sparsegpt_is_the_damage_done_with_the_best_compensation_by_later_inputs() -> None:
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(1, 5, dtype=torch.float64), torch.randn(50, 5, dtype=torch.float64)
+    h = 2 / 50 * inputs.t() @ inputs
+    score = masks.sparsegpt_score(weight, h, damp=1e-12)[0]
+    for k in range(5):  # w_k becomes 0, the inputs after k make up for it by least squares, those before stay
+        later = inputs[:, k + 1 :]
+        target = inputs[:, k] * weight[0, k]
+        left = target - later @ torch.linalg.lstsq(later, target[:, None]).solution[:, 0] if k < 4 else target
+        assert score[k].item() == pytest.approx(2 / 50 * left.square().sum().item(), rel=1e-6)
+
+
+def test_a_dead_input_goes_first_and_half_precision_is_scored_in_single() -> None:
+    inputs = torch.randn(20, 4, dtype=torch.float64)
+    inputs[:, 2] = 0
+    score = masks.sparsegpt_score(torch.randn(3, 4), 2 / 20 * inputs.t() @ inputs)
+    assert torch.isfinite(score).all()
+    assert not masks.row_mask(score, 1)[:, 2].any()
+    assert masks.wanda_score(torch.randn(3, 4, dtype=torch.bfloat16), torch.ones(4)).dtype is torch.float32
+
+
+@given(st.integers(1, 4), st.integers(1, 12), st.data())
+@settings(max_examples=40, deadline=None)
+def test_budgets_are_exact_and_ties_go_by_position(rows: int, columns: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, 3), min_size=rows * columns, max_size=rows * columns))
+    score = torch.tensor(values, dtype=torch.float32).view(rows, columns)
+    zeros = data.draw(st.integers(0, columns))
+    kept = masks.row_mask(score, zeros)
+    for r in range(rows):
+        gone = sorted(range(columns), key=lambda k, r=r: (score[r, k].item(), k))[:zeros]
+        assert (~kept[r]).nonzero().flatten().tolist() == sorted(gone)
+    assert int((~masks.layer_mask(score, zeros)).sum()) == zeros
+    parts = masks.global_masks([score, score + 0.5], zeros)
+    assert sum(int((~p).sum()) for p in parts) == zeros
+    m = data.draw(st.sampled_from([m for m in range(2, 13) if columns % m == 0] or [0]))
+    if m:
+        n = data.draw(st.integers(1, m - 1))
+        groups = masks.group_mask(score, n, m)
+        assert (groups.view(rows, -1, m).sum(-1) == n).all()
+        assert masks.follows_pattern(groups, n, m)
+        assert not masks.follows_pattern(torch.ones(rows, columns), n, m)
+
+
+def test_bad_scores_and_patterns_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pattern: 2:4 needs .* has 6"):
+        masks.group_mask(torch.ones(2, 6), 2, 4)
+    for bad in ("4:2", "2", "a:b", "0:4", "2:4:8", "-1:4"):
+        with pytest.raises(ValueError, match="pattern"):
+            masks.parse_pattern(bad)
+    assert masks.parse_pattern("4:8") == (4, 8)
+    with pytest.raises(ValueError, match="zeros: 7"):
+        masks.row_mask(torch.ones(2, 6), 7)
+    with pytest.raises(ValueError, match="NaN"):
+        masks.row_mask(torch.full((2, 6), float("nan")), 1)
+    with pytest.raises(ValueError, match="norm"):
+        masks.wanda_score(torch.ones(2, 3), torch.ones(2))
+    with pytest.raises(ValueError, match="hessian"):
+        masks.sparsegpt_score(torch.ones(2, 3), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="damp"):
+        masks.sparsegpt_score(torch.ones(2, 3), torch.eye(3), damp=0)
+    assert not masks.follows_pattern(torch.ones(2, 6), 2, 4)

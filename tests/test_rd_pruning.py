@@ -20,6 +20,7 @@ from pliant.core import masks
 from pliant.core.cost import flops_per_sample
 from pliant.core.dynamic import Point
 from pliant.core.persistence import load, save
+from pliant.core.sparse import SparseLinear
 from pliant.core.training import fit
 from pliant.sparsity.rd_pruning import DENSE, RDPruning, allocate, distortion_curves, menu, outputs, rounds
 
@@ -465,13 +466,13 @@ def test_12_sparse_storage_answers_as_the_masked_network() -> None:
     point = net.points()[0]
     small = net.extract(point, sparse=True)
     y = net.use(point)(x)
-    assert isinstance(small[2], masks.SparseLinear)
+    assert isinstance(small[2], SparseLinear)
     assert (small(x) - y).norm() <= 1e-5 * y.norm()
     assert small.layouts["2"].startswith("csr: ")
     other = copy.deepcopy(small)
     other.load_state_dict(small.state_dict())
     assert torch.equal(other(x), small(x))
-    assert not any(isinstance(m, masks.SparseLinear) for m in net.modules())
+    assert not any(isinstance(m, SparseLinear) for m in net.modules())
 
 
 # -- the dial -----------------------------------------------------------------------------------------------------

@@ -41,19 +41,37 @@ class Flops:
     nonzero: int
 
 
+_SPARSE = (torch.sparse_csr, torch.sparse_bsr, torch.sparse_csc, torch.sparse_bsc)
+
+
+def _stored_share(func_packet: Any, args: Any) -> float | None:
+    """What a product with a sparsely stored factor computes, as a share of the dense product; None for a dense one."""
+    if func_packet not in (_aten.mm, _aten.addmm):
+        return None
+    for factor in args[-2:]:
+        if factor.layout in _SPARSE:
+            return float(factor.values().numel() / max(factor.numel(), 1))
+    return None
+
+
 class _Counter(FlopCounterMode):
     """The dispatch counter of PyTorch, with a second sum weighted by the density of each operation's weight."""
 
     def __init__(self) -> None:
         super().__init__(display=False)
         self.nonzero = 0.0
+        self.saved = 0.0  # by products with a sparsely stored factor, which PyTorch counts as dense ones
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         before = self.get_total_flops()
         result = super()._count_flops(func_packet, out, args, kwargs)  # type: ignore[no-untyped-call]
-        flops = self.get_total_flops() - before
+        flops: float = self.get_total_flops() - before
         where = _WEIGHT.get(func_packet)
-        if flops and where is not None:
+        share = _stored_share(func_packet, args)
+        if share is not None:
+            self.saved += flops * (1 - share)
+            flops *= share
+        elif flops and where is not None:
             weight = args[where]
             flops *= torch.count_nonzero(weight).item() / max(weight.numel(), 1)
         self.nonzero += flops
@@ -71,7 +89,9 @@ class _Quick(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
+            share = _stored_share(func._overloadpacket, args)
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.total += flops if share is None else round(flops * share)
         return out
 
 
@@ -85,7 +105,7 @@ def count_flops(function: Callable[[], Any], *, nonzero: bool = True) -> Flops:
         function()
     if isinstance(counter, _Quick):
         return Flops(counter.total, counter.total)
-    return Flops(counter.get_total_flops(), round(counter.nonzero))
+    return Flops(counter.get_total_flops() - round(counter.saved), round(counter.nonzero))
 
 
 def flops_per_sample(model: nn.Module, x: Input) -> Flops:

@@ -15,13 +15,23 @@ The four allocators answer "how many of its smallest weights does each layer los
 ``global_magnitude``  the T smallest |w| of all layers together
 ``lamp``              the T smallest w_u^2 / sum over v >= u of w_v^2, where a layer's weights are sorted by magnitude
 ====================  ==============================================================================================
+
+The scores say which weight goes first, for a matrix W (O, I) with the inputs A (n, I) that it multiplies:
+
+====================  ==============================================================================================
+``magnitude``         |W[r, k]|
+``wanda``             |W[r, k]| * ||A[:, k]||                               (Wanda, arXiv 2306.11695, equation 1)
+``sparsegpt``         W[r, k]^2 / U[k, k]^2, U the upper Cholesky factor of the inverse of H + damp * mean(diag H) * I,
+                      H = (2 / n) A^T A                                              (SparseGPT, arXiv 2301.00774)
+====================  ==============================================================================================
+
+and ``layer_mask``, ``row_mask``, ``group_mask`` (N:M) and ``global_masks`` turn scores into masks with an exact count.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -31,7 +41,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from pliant.core.cost import time_ratio
 from pliant.core.inputs import Input, call, evaluating, removing, rows_of
 
 # -- which weights can go -------------------------------------------------------------------------------------------
@@ -227,6 +236,110 @@ def magnitude_mask(weight: Tensor, zeros: int, kept: Tensor | None = None) -> Te
     return mask.view(weight.shape)
 
 
+# -- scores and the budgets that they are spent in ------------------------------------------------------------------
+
+
+def magnitude_score(weight: Tensor) -> Tensor:
+    """|W|, in float32 or better."""
+    return _exact(weight).abs()
+
+
+def wanda_score(weight: Tensor, norm: Tensor) -> Tensor:
+    """|W[r, k]| * norm[k] for a weight (O, I) and the L2 norms (I,) of its input channels."""
+    if norm.shape != weight.shape[1:]:
+        raise ValueError(f"norm: its shape is {tuple(norm.shape)}; allowed: ({weight.shape[1]},), one for each input")
+    return _exact(weight).abs() * norm.to(weight.device)
+
+
+def sparsegpt_score(weight: Tensor, hessian: Tensor, damp: float = 0.01) -> Tensor:
+    """W[r, k]^2 / U[k, k]^2 for a weight (O, I) and H (I, I), in float64.
+
+    An input that was always zero has H[k, k] = 0; its weights do nothing and go first.
+    """
+    size = weight.shape[1]
+    if hessian.shape != (size, size):
+        raise ValueError(f"hessian: its shape is {tuple(hessian.shape)}; allowed: ({size}, {size})")
+    if not damp > 0:
+        raise ValueError(f"damp: {damp} is not allowed; it must be above 0")
+    h = hessian.double().to(weight.device).clone()
+    dead = h.diagonal() == 0
+    h.diagonal()[dead] = 1.0
+    h.diagonal().add_(damp * h.diagonal().mean())
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    score = weight.detach().double().square() / upper.diagonal().square()
+    found: Tensor = score.masked_fill(dead, 0.0)
+    return found
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.detach() if weight.dtype is torch.float64 else weight.detach().float()
+
+
+def _without(score: Tensor, zeros: int, name: str) -> Tensor:
+    """The kept mask of (R, N) scores without the ``zeros`` smallest of every row; among equals the first go."""
+    if not 0 <= zeros <= score.shape[1]:
+        raise ValueError(f"{name}: {zeros} of {score.shape[1]} entries; allowed: 0..{score.shape[1]}")
+    if bool(torch.isnan(score).any()):
+        raise ValueError("score: it contains NaN")
+    gone = torch.argsort(score, dim=1, stable=True)[:, :zeros]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, gone, False)
+
+
+def layer_mask(score: Tensor, zeros: int) -> Tensor:
+    """The kept mask without the ``zeros`` smallest scores of the whole tensor; among equals the first go."""
+    return _without(score.reshape(1, -1), zeros, "zeros").view(score.shape)
+
+
+def row_mask(score: Tensor, zeros: int) -> Tensor:
+    """The kept mask without the ``zeros`` smallest scores of every row of (O, I)."""
+    return _without(score, zeros, "zeros")
+
+
+def group_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """The N:M mask: the ``n`` largest scores of every ``m`` consecutive inputs of (O, I) are kept.
+
+    Raises:
+        ValueError: I is not a multiple of m, or n is not below m.
+    """
+    _check_pattern(n, m)
+    if score.shape[1] % m:
+        raise ValueError(f"pattern: {n}:{m} needs a number of inputs that {m} divides; the layer has {score.shape[1]}")
+    return _without(score.reshape(-1, m), m - n, "pattern").view(score.shape)
+
+
+def global_masks(scores: Sequence[Tensor], zeros: int) -> list[Tensor]:
+    """The kept masks without the ``zeros`` smallest scores of all tensors together; among equals the first go."""
+    flat = torch.cat([s.flatten() for s in scores])
+    parts = torch.split(layer_mask(flat, zeros), [s.numel() for s in scores])
+    return [part.view(s.shape) for part, s in zip(parts, scores, strict=True)]
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """``"2:4"`` -> (2, 4): keep 2 of every 4.
+
+    Raises:
+        ValueError: it is not two whole numbers N:M with 0 < N < M.
+    """
+    n, colon, m = pattern.partition(":")
+    if not colon or not n.isdecimal() or not m.isdecimal():
+        raise ValueError(f"pattern: {pattern!r}; allowed: 'N:M' with whole numbers 0 < N < M, such as '2:4'")
+    _check_pattern(int(n), int(m))
+    return int(n), int(m)
+
+
+def _check_pattern(n: int, m: int) -> None:
+    if not 0 < n < m:
+        raise ValueError(f"pattern: {n}:{m}; allowed: N:M with 0 < N < M, such as '2:4'")
+
+
+def follows_pattern(kept: Tensor, n: int, m: int) -> bool:
+    """Whether every ``m`` consecutive inputs of a mask (O, I), or of a weight, have at most ``n`` that are not zero."""
+    _check_pattern(n, m)
+    if kept.dim() != 2 or kept.shape[1] % m:
+        return False
+    return bool(((kept != 0).view(len(kept), -1, m).sum(-1) <= n).all())
+
+
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -355,121 +468,3 @@ def _apportion(ideal: Sequence[float], weights: Sequence[Tensor], target: int, k
         best = max(able, key=lambda i: (step * (ideal[i] - found[i]), -i))
         found[best] += step
     return found
-
-
-# -- real sparse storage --------------------------------------------------------------------------------------------
-
-
-class SparseLinear(nn.Module):
-    """A linear layer whose weight (O, I) is stored by its non-zero entries only, in compressed rows (CSR).
-
-    The three parts are ordinary dense buffers, because a module that holds a CSR tensor can be neither copied nor
-    loaded. The product is W x^T: the CSR operand on the left is several times faster than on the right.
-    """
-
-    values: Tensor
-    crow: Tensor
-    col: Tensor
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight = linear.weight.detach().to_sparse_csr()
-        self.register_buffer("values", weight.values().clone())
-        self.register_buffer("crow", weight.crow_indices().to(torch.int32))
-        self.register_buffer("col", weight.col_indices().to(torch.int32))
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        size = (self.out_features, self.in_features)
-        weight = torch.sparse_csr_tensor(self.crow, self.col, self.values, size, check_invariants=False)
-        columns = x.reshape(-1, self.in_features).t()
-        if self.bias is None:
-            y = weight @ columns
-        else:
-            y = torch.addmm(self.bias[:, None], weight, columns)
-        return y.t().reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """The sizes."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, nonzero={self.values.numel()}"
-
-
-def compile_sparse(
-    model: nn.Module, min_sparsity: float = 0.85, example: Input | None = None, repeats: int = 9
-) -> dict[str, str]:
-    """Store the linear layers that gain from it sparsely, in place; for each Conv and Linear layer, what and why.
-
-    A linear layer with a share of zeros of ``min_sparsity`` at least is timed against its sparse form on this machine,
-    on inputs of the shape that ``example`` brings to it (64 rows without one), and the faster one stays. On a GPU a
-    half-precision weight that happens to have two zeros in every four entries becomes semi-structured. Convolutions
-    stay dense: PyTorch has no sparse kernel for them.
-
-    Raises:
-        ValueError: ``min_sparsity`` is outside [0, 1].
-    """
-    if not 0.0 <= min_sparsity <= 1.0:
-        raise ValueError(f"min_sparsity: {min_sparsity} is not in [0, 1]")
-    shapes: dict[str, torch.Size] = {}
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-    if example is not None:
-        shapes = _input_shapes(model, layers, example)
-    report = {}
-    with evaluating(model), torch.no_grad():
-        for name, layer in layers.items():
-            share = count_zeros([layer.weight]) / layer.weight.numel()
-            if not isinstance(layer, nn.Linear):
-                report[name] = f"dense: {share:.1%} zeros, but there is no sparse convolution"
-            elif share < min_sparsity:
-                report[name] = f"dense: {share:.1%} zeros, below min_sparsity={min_sparsity:g}"
-            elif type(layer) is not nn.Linear or parametrize.is_parametrized(layer) or not name:
-                report[name] = "dense: only a plain nn.Linear inside a larger model can be exchanged"
-            else:
-                shape = shapes.get(name, torch.Size((64, layer.in_features)))
-                report[name] = _exchange(model, name, layer, shape, share, repeats)
-    return report
-
-
-def _exchange(model: nn.Module, name: str, layer: nn.Linear, shape: torch.Size, share: float, repeats: int) -> str:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.device, layer.weight.dtype)
-    half = layer.weight.dtype in (torch.float16, torch.bfloat16)
-    if layer.weight.is_cuda and half and _two_of_four(layer.weight):
-        sparse: nn.Module = copy.deepcopy(layer)
-        weight = torch.sparse.to_sparse_semi_structured(layer.weight.detach())
-        cast(nn.Linear, sparse).weight = nn.Parameter(weight, requires_grad=False)
-        kind = "2:4"
-    else:
-        sparse, kind = SparseLinear(layer), "csr"
-    sparse.train(layer.training)
-    try:
-        ratio = time_ratio(lambda: sparse(x), lambda: layer(x), repeats=repeats).median
-    except RuntimeError as error:
-        return f"dense: {share:.1%} zeros, but the {kind} product failed ({str(error).splitlines()[0]})"
-    if ratio >= 1.0:
-        return f"dense: {share:.1%} zeros, but {kind} takes {ratio:.2f} of the dense time on {tuple(shape)}"
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, sparse)
-    return f"{kind}: {share:.1%} zeros, {ratio:.2f} of the dense time on {tuple(shape)}"
-
-
-def _two_of_four(weight: Tensor) -> bool:
-    if weight.shape[1] % 4:
-        return False
-    return bool(((weight != 0).view(len(weight), -1, 4).sum(-1) <= 2).all())
-
-
-def _input_shapes(model: nn.Module, layers: Mapping[str, nn.Module], example: Input) -> dict[str, torch.Size]:
-    shapes: dict[str, torch.Size] = {}
-    hooks = []
-    for name, layer in layers.items():
-
-        def note(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            if args:
-                shapes[name] = args[0].shape
-
-        hooks.append(layer.register_forward_pre_hook(note))
-    with removing(hooks), evaluating(model), torch.no_grad():
-        call(model, example)
-    return shapes

@@ -74,6 +74,7 @@ from pliant.core.inputs import (
     split_batch,
     to_device,
 )
+from pliant.core.sparse import compile_sparse
 
 Mode = Literal["iterative", "oneshot"]
 Reduce = Literal["mean", "max"]
@@ -477,15 +478,15 @@ class RDPruning(Dynamic):
 
         Args:
             point: one of ``points()``.
-            sparse: store the linear layers of ``min_sparsity`` zeros or more sparsely where that is faster here; the
-                network then has an attribute ``layouts``, which says for each layer what was chosen and why.
-            min_sparsity: see ``core.masks.compile_sparse``.
+            sparse: store layers sparsely where that is faster on this machine; the network then has an attribute
+                ``layouts``, which says for each layer what was chosen and why.
+            min_sparsity: see ``core.sparse.compile_sparse``.
         """
         with self._at(point):
             plain = masks.bake(copy.deepcopy(self.model)).eval()
         if sparse:
             example = to_device(self.example, device_of(plain))
-            plain.layouts = masks.compile_sparse(plain, min_sparsity, example)  # type: ignore[assignment]
+            plain.layouts = compile_sparse(plain, min_sparsity, example)  # type: ignore[assignment]
         return plain
 
     def schedule(self, progress: float) -> None:
