@@ -90,6 +90,45 @@ def test_concatenation_groups_and_norms() -> None:
     assert small.norm2.num_channels // small.norm2.num_groups == 4
 
 
+@pytest.mark.parametrize("make", [SmallResNet, Mixed])
+def test_any_whole_units_can_stay_not_only_the_first(make: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = randomise_statistics(make()).eval()
+    x = torch.randn(3, *((1, 28, 28) if make is SmallResNet else (3, 8, 8)))
+    slicing = Slicing(model, x)
+    units: dict[frozenset[str], set[int]] = {}
+    kept_channels = {}
+    for g in slicing.groups:
+        drawn = torch.randperm(g.units)[: max(1, g.units // 2)].tolist()
+        chosen = units.setdefault(g.linked, set(drawn))
+        kept_channels[g.name] = {c for c in range(g.channels) if c // g.bundle in chosen}
+    network = slicing.build(kept_channels)
+    network.skeleton.eval()
+    plain = network.extract(model)
+    assert torch.equal(network.run(model, x), plain(x))
+    assert torch.equal(network.infer(model, x), plain(x))
+    # A channel that is zero where it is read might as well not be there, but for the norms that mix channels.
+    if make is SmallResNet:
+        for g in slicing.groups:
+            for m in g.members:
+                if m.side == "in" and isinstance(model.get_submodule(m.module), nn.Conv2d | nn.Linear):
+                    gone = [p for p, c in zip(m.positions, m.channels, strict=True) if c not in kept_channels[g.name]]
+                    with torch.no_grad():
+                        model.get_submodule(m.module).weight[:, gone] = 0
+        # Residual streams of different groups meet nowhere, so the zeroed network computes what the sliced one does.
+        assert torch.allclose(model(x), plain(x), atol=1e-5)
+
+
+def test_channels_that_cannot_stay_are_refused() -> None:
+    slicing = Slicing(Mixed(), torch.randn(2, 3, 8, 8))
+    group = next(g for g in slicing.groups if g.bundle > 1)
+    with pytest.raises(ValueError, match="whole units"):
+        slicing.build({group.name: {0}})
+    for bad in (set(), {-1}, {group.channels}):
+        with pytest.raises(ValueError, match="some of its channels"):
+            slicing.build({group.name: bad})
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

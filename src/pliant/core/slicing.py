@@ -22,7 +22,7 @@ import copy
 import fnmatch
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -467,14 +467,15 @@ class Slicing:
 
     def build(
         self,
-        sizes: Mapping[str, int],
+        sizes: Mapping[str, int | Collection[int]],
         depths: Mapping[str, int] | None = None,
         kernels: Mapping[str, int] | None = None,
     ) -> SubNetwork:
         """The sub-network of given sizes; what is not named stays whole.
 
         Args:
-            sizes: kept channels, by the name of a group: whole units.
+            sizes: kept channels, by the name of a group: how many of the first ones, or which ones. Whole units; groups
+                that a grouped convolution links must keep the same units.
             depths: kept blocks, by the name of a stack.
             kernels: filter sizes, by the name of a convolution, see ``can_crop``.
 
@@ -487,12 +488,14 @@ class Slicing:
                 path, _, leaf = name.rpartition(".")
                 setattr(skeleton.get_submodule(path), leaf, skeleton.get_submodule(name)[:blocks])  # type: ignore[index]
         sides: dict[tuple[str, str], set[int]] = {}  # positions that fall away
+        counts: dict[str, int] = {}
         for group in self.groups:
-            size = sizes.get(group.name, group.channels)
-            if size == group.channels:
+            stay = self._stay(group, sizes.get(group.name, group.channels))
+            counts[group.name] = len(stay)
+            if len(stay) == group.channels:
                 continue
             for m in group.members:
-                gone = {p for p, c in zip(m.positions, m.channels, strict=True) if c >= size}
+                gone = {p for p, c in zip(m.positions, m.channels, strict=True) if c not in stay}
                 sides.setdefault((m.module, m.side), set()).update(gone)
         cuts: dict[str, Cuts] = {}
         by_module: dict[str, dict[str, set[int]]] = {}
@@ -514,11 +517,22 @@ class Slicing:
         for name, size in (kernels or {}).items():
             cut = cuts.setdefault(f"{name}.weight", {})
             _crop(self.model.get_submodule(name), _submodule(skeleton, name), size, cut)
-        self._resize_attention(skeleton, sizes)
+        self._resize_attention(skeleton, counts)
         for module in skeleton.modules():
             if callable(told := getattr(module, "after_slicing", None)):
                 told()
         return SubNetwork(skeleton, cuts)
+
+    def _stay(self, group: Group, kept: int | Collection[int]) -> Collection[int]:
+        """The channels of ``group`` that stay."""
+        if isinstance(kept, int):
+            return range(kept)
+        found = set(kept)
+        if not found or not found <= set(range(group.channels)):
+            raise ValueError(f"sizes: {group.name!r} must keep some of its channels 0..{group.channels - 1}")
+        if len(found) != len({c // group.bundle for c in found}) * group.bundle:
+            raise ValueError(f"sizes: {group.name!r} must keep whole units of {group.bundle} neighbouring channels")
+        return found
 
     # -- order of channels --------------------------------------------------------------------------------------
 
@@ -662,9 +676,10 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
                 size = _length(runs)
                 cuts = {"weight": {0: runs}, "bias": {0: runs}}
                 return _present(module, cuts), {outs: size, ins: size, "groups": size}
-            left = groups - max(len(out_gone) * groups // out_full, len(in_gone) * groups // in_full)
+            lost_groups = {p * groups // out_full for p in out_gone} | {p * groups // in_full for p in in_gone}
+            left = groups - len(lost_groups)
             out_size, in_size = out_full * left // groups, in_full * left // groups
-            out_runs = _runs(out_full, set(range(out_size, out_full)))
+            out_runs = _runs(out_full, {p for p in range(out_full) if p * groups // out_full in lost_groups})
             cuts = {"weight": {0: out_runs}, "bias": {0: out_runs}}
             return _present(module, cuts), {outs: out_size, ins: in_size, "groups": left}
         weight: Cuts = {}
