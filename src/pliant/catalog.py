@@ -107,6 +107,17 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="consensus-subnetwork",
+        path="pliant.sparsity.consensus:Consensus",
+        title="Learning a consensus sub-network with polarization regularization and one pass training",
+        year=2023,
+        arxiv="2302.10798",
+        what="which residual branches or channels exist",
+        by="binary gates that a regulariser makes agree about all inputs",
+        when="during one training; a plain network afterwards",
+        task="images",
+    ),
+    Entry(
         slug="jei-dnn",
         path="pliant.routing.jei_dnn:JEIDNN",
         title="Jointly-learned exit and inference for a dynamic neural network",
