@@ -118,6 +118,17 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="structured-pruning-adapters",
+        path="pliant.sparsity.pruning_adapters:PruningAdapters",
+        title="Structured pruning adapters (SPLoRA, SPPaRA, SPLoPA)",
+        year=2022,
+        arxiv="2211.10155",
+        what="for each task a low-rank change of frozen weights, and the channels or blocks that are left",
+        by="gradient descent, and a structured pruning score",
+        when="while adapting to a task; fused and cut afterwards",
+        task="images",
+    ),
+    Entry(
         slug="jei-dnn",
         path="pliant.routing.jei_dnn:JEIDNN",
         title="Jointly-learned exit and inference for a dynamic neural network",

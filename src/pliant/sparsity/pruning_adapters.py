@@ -1,0 +1,1080 @@
+"""Structured pruning adapters (SPLoRA, SPPaRA, SPLoPA). arXiv 2211.10155 (2022).
+
+One frozen pretrained network serves many tasks. For each task a small adapter, which can be fused into the weights, is
+learned while channels (or blocks of weights) are pruned: the task's network is smaller and faster, and what has to be
+stored for it is the adapter on the kept channels, biases, norms, the head and one bit for each channel.
+
+Symbols: W (n_out, n_in) frozen, masks m_out, m_in, rank r, blocks of p x q, N prototypes of rank rho::
+
+    W_task = (W + dW) * (m_out m_in^T)
+
+    SPLoRA     dW = B A                 A (r, n_in), B (n_out, r)                    kind="splora"
+    SPPaRA     dW = C                   C (n_out, n_in)                              kind="sppara"
+    SPLoPA     dW = sum_i S_i (x) Pi_i  S_i (n_out / p, n_in / q), Pi_i = cols_i rows_i (p, q), (x) Kronecker; the
+                                        prototypes are shared by all layers of one N, p, q, rho   kind="splopa"
+
+    convolution: dW goes to the centre tap alone, W[:, :, k // 2, k // 2] += B A: a 1 x 1 convolution in parallel
+    training:    y = W x + B (A x) + b, no dense gradient; evaluation: y = W_task x + b
+
+Initialisation: B, C and cols uniform in +-1e-4; A by torch's kaiming_uniform(a = sqrt 5) as a (1, r, n_in) tensor, so
+|A| <= 1 / sqrt(r n_in) and |dW| <= r 1e-4 / sqrt(r n_in) at the start.
+
+Learned numbers, for kept sizes n'_in, n'_out: SPLoRA r (n'_in + n'_out), SPPaRA n'_in n'_out, and n'_out of bias;
+fine-pruning would have n'_in n'_out k^2.
+
+Channels: adapt the whole network; then, again and again, score the remaining channels over an epoch, normalise by
+layer, remove the globally lowest 5 % of the original number (never a layer's last one), and recover. The score of
+channel c of a layer's output y, summed over the batches of the epoch::
+
+    weight |W_task,c|_1    gradient |mean dL/dy_c|    taylor |mean y_c dL/dy_c|    lrp |mean y_c dz_t/dy_c|
+
+each divided by the layer's L2 norm (weight and lrp: by the layer's sum); mean over the rows of a batch and the map.
+Channels that are added to each other are scored together, by the mean over the layers that write them.
+
+How this file computes it: the smaller network runs in training too. A setting keeps its adapters and its own tensors
+already cut to the kept channels, and the frozen W is read through the cuts of ``core.slicing``. So what is removed is
+not there: no optimiser can bring it back, and masked, sliced and fused network are one.
+
+Where the specification is silent or wrong:
+
+- "lrp" is gradient times activation of the true class's logit: for networks of ReLUs the same as LRP with the zero
+  rule, up to biases.
+- Whether a batch's sums are added with their signs is not said. They are added without: at a minimum the signed ones
+  vanish.
+- Linear layers take SPPaRA's dense C too. Grouped convolutions share A among their groups, and are run fused.
+- The score of a SPLoPA block is its part of the same sums (weight; or |sum of w dL/dw|), blocks instead of channels.
+- After pruning the optimiser's state of the tensors that shrank is dropped, as a fresh optimiser would have none.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal, Self, cast, get_args
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.optim import Optimizer
+
+from pliant.core.dynamic import Dynamic, Point, Value
+from pliant.core.inputs import (
+    Batch,
+    Criterion,
+    Input,
+    call,
+    check_example,
+    cross_entropy,
+    device_of,
+    evaluating,
+    logits,
+    packed,
+    removing,
+    split_batch,
+    to_device,
+)
+from pliant.core.masks import pack_bits, unpack_bits
+from pliant.core.slicing import Cuts, Group, Slicing, SubNetwork
+from pliant.core.sparse import compile_sparse
+
+Kind = Literal["splora", "sppara", "splopa"]
+Score = Literal["taylor", "gradient", "weight", "lrp"]
+FORMAT = 1
+
+
+# -- the adapters ---------------------------------------------------------------------------------------------------
+
+
+class _Adapter(nn.Module):
+    """A change dW (n_out, n_in) as a product of factors, the last one first applied to x."""
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """Matrices in the order in which they are applied: dW x = f_n (... (f_1 x))."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        """The whole change (n_out, n_in)."""
+        first, *rest = self.factors()
+        for factor in rest:
+            first = factor @ first
+        return first
+
+    def cut(self, out: Tensor, inp: Tensor) -> None:
+        """Leave these outputs and inputs only, in place."""
+        raise NotImplementedError
+
+
+class SPLoRA(_Adapter):
+    """dW = B A of rank r: ``rows`` is A (r, n_in), ``cols`` is B (n_out, r)."""
+
+    def __init__(self, n_out: int, n_in: int, rank: int, init_range: float = 1e-4) -> None:
+        super().__init__()
+        rows = torch.empty(1, rank, n_in)
+        nn.init.kaiming_uniform_(rows, a=math.sqrt(5))  # its fan-in is r n_in
+        self.rows = nn.Parameter(rows[0].clone())
+        self.cols = nn.Parameter(torch.empty(n_out, rank).uniform_(-init_range, init_range))
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """A, then B."""
+        return self.rows, self.cols
+
+    def cut(self, out: Tensor, inp: Tensor) -> None:
+        """Rows of B and columns of A."""
+        self.cols.data = self.cols.data[out].contiguous()
+        self.rows.data = self.rows.data[:, inp].contiguous()
+
+
+class SPPaRA(_Adapter):
+    """dW = C (n_out, n_in), dense."""
+
+    def __init__(self, n_out: int, n_in: int, init_range: float = 1e-4) -> None:
+        super().__init__()
+        self.full = nn.Parameter(torch.empty(n_out, n_in).uniform_(-init_range, init_range))
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """C."""
+        return (self.full,)
+
+    def cut(self, out: Tensor, inp: Tensor) -> None:
+        """Rows and columns of C."""
+        self.full.data = self.full.data[out][:, inp].contiguous()
+
+
+class Prototypes(nn.Module):
+    """N blocks Pi_i = cols_i rows_i (p, q) of rank rho, shared by the SPLoPA adapters of all layers."""
+
+    def __init__(self, count: int, block: tuple[int, int], rank: int, init_range: float = 1e-4) -> None:
+        super().__init__()
+        self.cols = nn.Parameter(torch.empty(count, block[0], rank).uniform_(-init_range, init_range))
+        self.rows = nn.Parameter(torch.empty(count, rank, block[1]))
+        nn.init.kaiming_uniform_(self.rows, a=math.sqrt(5))
+
+    def forward(self) -> Tensor:
+        """Pi (N, p, q)."""
+        return self.cols @ self.rows
+
+
+class SPLoPA(nn.Module):
+    """dW = sum_i S_i (x) Pi_i with block weights ``S`` (N, n_out / p, n_in / q) and a mask of blocks."""
+
+    mask: Tensor
+
+    def __init__(self, n_out: int, n_in: int, count: int, block: tuple[int, int]) -> None:
+        super().__init__()
+        self.S = nn.Parameter(torch.empty(count, n_out // block[0], n_in // block[1]))
+        nn.init.kaiming_uniform_(self.S, a=math.sqrt(5))
+        self.register_buffer("mask", torch.ones(n_out // block[0], n_in // block[1], dtype=torch.bool))
+
+    def delta(self, prototypes: Tensor) -> Tensor:
+        """DW (n_out, n_in): block (a, b) is sum_i S_i[a, b] Pi_i, zero where it is masked."""
+        blocks = torch.einsum("iab,ipq->apbq", self.S * self.mask, prototypes)
+        return blocks.flatten(2).flatten(0, 1)
+
+    def spread(self, block: tuple[int, int]) -> Tensor:
+        """The mask of weights (n_out, n_in)."""
+        return self.mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+
+
+def _add_to_centre(weight: Tensor, delta: Tensor) -> Tensor:
+    """W + dW, for a convolution at the centre tap."""
+    if weight.dim() == 2:
+        return weight + delta
+    spatial = tuple(k // 2 for k in weight.shape[2:])
+    changed = weight.clone()
+    index: Any = (slice(None), slice(None), *spatial)
+    changed[index] = changed[index] + delta
+    return changed
+
+
+_CONVS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def _parallel(layer: nn.Module, factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """DW x of a layer: pointwise products, for a convolution with its stride and as much padding as its centre sees."""
+    if isinstance(layer, nn.Linear):
+        for factor in factors:
+            x = F.linear(x, factor)
+        return x
+    conv = cast(_ConvNd, layer)
+    ones = [1] * len(conv.kernel_size)
+    batch = x if x.dim() == len(ones) + 2 else x[None]
+    centre = [k // 2 * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    padding = (
+        {"same": centre, "valid": [0] * len(ones)}[conv.padding] if isinstance(conv.padding, str) else conv.padding
+    )
+    offsets = [p - c for p, c in zip(padding, centre, strict=True)]
+    for dim, offset in enumerate(offsets, 2):
+        if offset < 0:  # the centre never sees the outermost rows
+            batch = batch.narrow(dim, -offset, batch.shape[dim] + 2 * offset)
+    run = _CONVS[len(ones) + 2]
+    first, *rest = [f.view(*f.shape, *ones) for f in factors]
+    batch = run(batch, first, stride=conv.stride, padding=[max(o, 0) for o in offsets])
+    for factor in rest:
+        batch = run(batch, factor)
+    return batch if x.dim() == len(ones) + 2 else batch[0]
+
+
+# -- one setting ----------------------------------------------------------------------------------------------------
+
+
+class _Setting(nn.Module):
+    """What a task owns at one density, cut to what is kept: adapters, its own parameters and buffers, and the masks.
+
+    ``own``: names of tensors of the whole model -> the setting's, under names without dots.
+    """
+
+    def __init__(self, task: str, own: Mapping[str, Tensor], adapters: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.task = task
+        self.kept: dict[str, tuple[int, ...]] = {}  # of the groups that lost channels
+        self.network: SubNetwork | None = None  # built when it first runs
+        self.frozen: tuple[Any, dict[str, Tensor]] | None = None  # the base's tensors, cut, and what they were cut from
+        self.names: dict[str, str] = {}
+        for i, (name, tensor) in enumerate(own.items()):
+            self.names[name] = f"own{i}"
+            value = tensor.detach().clone()
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(f"own{i}", nn.Parameter(value))
+            else:
+                self.register_buffer(f"own{i}", value)
+        self.layers = {layer: f"adapter{i}" for i, layer in enumerate(adapters)}
+        for layer, adapter in adapters.items():
+            self.add_module(self.layers[layer], adapter)
+
+    def own(self) -> dict[str, Tensor]:
+        """Its tensors by their names in the whole model."""
+        return {name: getattr(self, place) for name, place in self.names.items()}
+
+    def adapter(self, layer: str) -> nn.Module:
+        """The adapter of a layer."""
+        return self.get_submodule(self.layers[layer])
+
+    def learned(self) -> int:
+        """Learned numbers; a mask takes one bit for each channel or block besides."""
+        total = sum(p.numel() for p in self.parameters())
+        for layer in self.layers:
+            adapter = self.adapter(layer)
+            if isinstance(adapter, SPLoPA):  # what is masked is not stored
+                total -= len(adapter.S) * int((~adapter.mask).sum())
+        return total
+
+
+# -- the method -----------------------------------------------------------------------------------------------------
+
+
+class PruningAdapters(Dynamic):
+    """A frozen network, and for each task and density an adapter, masks, biases, norms and a head.
+
+    The dial is ``Point(task=..., density=...)``, one for each setting that was made: density is the share of channels
+    (blocks, for SPLoPA) that is left. A new network has one setting, the task ``task`` at density 1. ``fit`` adapts it
+    for the share ``adapt`` of its time, then prunes ``step`` of the channels again and again, with equal time to
+    recover in between, down to the least of ``density``; at each of the others a copy is kept as a setting. In a loop
+    of your own call ``prune``. What is trained is always the setting in use.
+
+    Args:
+        model: the pretrained network; it is wrapped, not copied, and none of its tensors ever changes.
+        example: an input for it.
+        kind: "splora", "sppara" or "splopa".
+        rank: r of SPLoRA: a number, or a share in (0, 1) of a layer's outputs.
+        init_range: range of the uniform initial values of the factor that starts small.
+        targets: names (fnmatch patterns) of the layers that get an adapter. Other Conv and Linear weights are frozen,
+            but for ``head``: ``targets=(), head=("*",)`` is fine-pruning, where a task owns every weight.
+        exclude: names (patterns) of modules whose channels are never pruned.
+        head: names (patterns) of layers that a task owns and trains whole; by default the last one that runs.
+        density: shares of the channels that ``fit`` stops at, descending.
+        adapt: share of ``fit`` before the first pruning.
+        step: share of the original number of channels that one round of pruning removes.
+        score: "taylor", "gradient", "weight" or, in ``prune`` with data only, "lrp".
+        block: p, q of SPLoPA.
+        prototypes: N of SPLoPA.
+        prototype_rank: rho of SPLoPA.
+        task: name of the first task.
+        seed: of the adapters' initial values.
+        criterion: ``criterion(logits, target)``; cross entropy where it is None.
+
+    Raises:
+        ValueError: an argument is outside what is allowed, or a layer cannot carry the adapter; the message names it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Input,
+        *,
+        kind: Kind = "splora",
+        rank: float = 8,
+        init_range: float = 1e-4,
+        targets: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        head: Sequence[str] | None = None,
+        density: Sequence[float] = (1.0, 0.5, 0.3),
+        adapt: float = 0.3,
+        step: float = 0.05,
+        score: Score = "taylor",
+        block: tuple[int, int] = (32, 32),
+        prototypes: int = 64,
+        prototype_rank: int = 1,
+        task: str = "task",
+        seed: int = 0,
+        criterion: Criterion | None = None,
+    ) -> None:
+        super().__init__()
+        check_example(model, example)
+        for name, value, allowed in (
+            ("kind", kind, get_args(Kind)),
+            ("score", score, ("taylor", "gradient", "weight")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
+        if not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
+            raise ValueError(f"rank: {rank}; allowed: a whole number of 1 or more, or a share in (0, 1)")
+        if not 0.0 <= init_range < math.inf:
+            raise ValueError(f"init_range: {init_range} is negative or not finite")
+        if (
+            not density
+            or any(not 0.0 < d <= 1.0 for d in density)
+            or sorted(set(density), reverse=True) != list(density)
+        ):
+            raise ValueError(f"density: {tuple(density)}; allowed: shares in (0, 1], descending, none twice")
+        if not 0.0 <= adapt < 1.0:
+            raise ValueError(f"adapt: {adapt} is not in [0, 1)")
+        if not 0.0 < step < 1.0:
+            raise ValueError(f"step: {step} is not in (0, 1)")
+        if len(block) != 2 or min(block) < 1 or prototypes < 1 or prototype_rank < 1:
+            raise ValueError(
+                f"block: {block}, prototypes: {prototypes}, prototype_rank: {prototype_rank}; each 1 or more"
+            )
+        for name, patterns in (("targets", targets), ("exclude", exclude), ("head", head)):
+            if isinstance(patterns, str):
+                raise TypeError(f"{name}: expected a sequence of name patterns, got the string {patterns!r}")
+        self.kind, self.rank, self.init_range, self.score, self.seed = kind, rank, init_range, score, seed
+        self.targets, self.exclude = tuple(targets), tuple(exclude)
+        self.head = None if head is None else tuple(head)
+        self.density, self.adapt, self.step, self.task = tuple(density), adapt, step, task
+        self.block, self.prototypes, self.prototype_rank = (block[0], block[1]), prototypes, prototype_rank
+        self.criterion, self.example, self.model = criterion, example, model
+        for p in model.parameters():
+            p.requires_grad_(False)
+        self._heads, self._adapted = self._choose_layers()
+        self.slicing = Slicing(model, example, width=kind != "splopa", exclude=exclude, stacks=())
+        self.blocks = self._make_prototypes()
+        self.settings = nn.ModuleList([self._new_setting(task, seed)])
+        self.point = self.points()[0]
+        self.rounds = 0  # of pruning that the training under way has made
+        self._optimizer: Callable[[], Optimizer | None] | None = None
+        self._sums: dict[str, Tensor] = {}  # scores since the epoch began, by layer
+        self._epoch: dict[str, Tensor] = {}  # of the last whole epoch
+
+    # -- construction -------------------------------------------------------------------------------------------
+
+    def _choose_layers(self) -> tuple[list[str], list[str]]:
+        """Names of the layers that a task owns whole, and of those that get an adapter."""
+        order: list[str] = []
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+
+        def note(name: str) -> Callable[..., None]:
+            return lambda *_: order.append(name)
+
+        hooks = [m.register_forward_hook(note(n)) for n, m in layers.items()]
+        with removing(hooks), evaluating(self.model), torch.no_grad():
+            call(self.model, self.example)
+        if not order:
+            raise ValueError("model: it runs no Conv or Linear layer")
+        for name, patterns in (("targets", self.targets), ("head", self.head or ())):
+            for pattern in patterns:
+                if not any(fnmatchcase(n, pattern) for n in layers):
+                    raise ValueError(
+                        f"{name}: {pattern!r} matches no Conv or Linear layer; there are: {list(layers)[:12]}"
+                    )
+        heads = [order[-1]] if self.head is None else [n for n in layers if any(fnmatchcase(n, p) for p in self.head)]
+        adapted = []
+        for name, layer in layers.items():
+            if name in heads or name not in order or not any(fnmatchcase(name, p) for p in self.targets):
+                continue
+            if self.kind == "splopa":
+                if not isinstance(layer, nn.Linear):
+                    continue
+                if any(size % b for size, b in zip(layer.weight.shape, self.block, strict=True)):
+                    raise ValueError(
+                        f"block: {self.block} does not divide {name!r}, a weight of {tuple(layer.weight.shape)}; leave "
+                        "it out with targets=[...] or choose another block"
+                    )
+            elif isinstance(layer, _ConvTransposeNd) or (isinstance(layer, _ConvNd) and not _has_centre(layer)):
+                raise ValueError(
+                    f"targets: {name!r} is {layer}; an adapter needs a convolution with an odd kernel, equal in all "
+                    "dimensions. Leave it out: it stays frozen"
+                )
+            adapted.append(name)
+        if not adapted and self.targets:
+            raise ValueError(f"targets: {list(self.targets)} leaves no layer for kind={self.kind!r}")
+        return heads, adapted
+
+    def _make_prototypes(self) -> Prototypes | None:
+        if self.kind != "splopa":
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            made = Prototypes(self.prototypes, self.block, self.prototype_rank, self.init_range)
+        return made.to(device_of(self.model))
+
+    def _new_setting(self, task: str, seed: int, classes: int | None = None) -> _Setting:
+        adapters: dict[str, nn.Module] = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for name in self._adapted:
+                weight = cast(Tensor, self.model.get_submodule(name).weight)
+                n_out, n_in = weight.shape[:2]
+                if self.kind == "splora":
+                    rank = int(self.rank) if self.rank >= 1 else max(1, round(self.rank * n_out))
+                    if rank > min(n_out, n_in):
+                        warnings.warn(
+                            f"rank: {rank} is above what {name!r} of {n_out} x {n_in} can use; SPPaRA would be smaller",
+                            stacklevel=4,
+                        )
+                    adapters[name] = SPLoRA(n_out, n_in, rank, self.init_range)
+                elif self.kind == "sppara":
+                    adapters[name] = SPPaRA(n_out, n_in, self.init_range)
+                else:
+                    adapters[name] = SPLoPA(n_out, n_in, self.prototypes, self.block)
+                adapters[name].to(weight)
+            setting = _Setting(task, self._owned(), adapters)
+            if classes is not None:
+                self._new_heads(setting, classes)
+        return setting
+
+    def _owned(self) -> dict[str, Tensor]:
+        """What a task owns of the model besides adapters: heads, every bias, and the norms with their statistics."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.model.named_modules():
+            norm = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+            layer = isinstance(module, _ConvNd | nn.Linear)
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if norm or name in self._heads or (layer and leaf == "bias"):
+                    found[f"{name}.{leaf}" if name else leaf] = parameter
+            for leaf, buffer in module.named_buffers(recurse=False):
+                if norm:
+                    found[f"{name}.{leaf}" if name else leaf] = buffer
+        return found
+
+    def _new_heads(self, setting: _Setting, classes: int) -> None:
+        for name in self._heads:
+            layer = self.model.get_submodule(name)
+            if not isinstance(layer, nn.Linear):
+                raise ValueError(f"classes: the head {name!r} is {type(layer).__name__}; only a Linear can be resized")
+            fresh = nn.Linear(layer.in_features, classes, layer.bias is not None).to(layer.weight)
+            for leaf, value in fresh.named_parameters():
+                setattr(setting, setting.names[f"{name}.{leaf}"], value)
+
+    # -- the contract -------------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """All settings, task by task, from the least density to the largest."""
+        found = [self._point_of(s) for s in self._all()]
+        tasks = list(dict.fromkeys(p["task"] for p in found))
+        return sorted(found, key=lambda p: (tasks.index(p["task"]), cast(float, p["density"])))
+
+    def use(self, point: Mapping[str, Value]) -> Self:
+        """Turn the dial; from then on this setting's parameters are those that can be trained."""
+        super().use(point)
+        for setting in self._all():
+            setting.requires_grad_(setting is self._setting())
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for the setting in use, computed by the smaller network."""
+        return self._run(packed(args, kwargs))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The criterion at the setting in use (a scalar)."""
+        x, y = split_batch(batch)
+        outputs: dict[str, Tensor] | None = None
+        if self.training and self.score != "weight" and torch.is_grad_enabled():
+            outputs = {}
+        loss = self._criterion(self._run(x, outputs), y)
+        for name, value in (outputs or {}).items():
+            if value.requires_grad:
+                value.register_hook(self._summing(name, value.detach()))  # type: ignore[no-untyped-call]
+        return loss
+
+    def _summing(self, name: str, value: Tensor) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            self._add_score(self._sums, name, self.score, value, grad)
+
+        return hook
+
+    def schedule(self, progress: float) -> None:
+        """Adapt, then one round of pruning after another until the least density; see the class."""
+        if progress == 0.0:
+            self.rounds = 0
+        total = math.ceil(round((1.0 - self.density[-1]) / self.step, 6))
+        if progress >= 1.0:
+            return
+        due = (
+            math.floor((progress - self.adapt) / (1.0 - self.adapt) * total + 1e-9) + 1 if progress >= self.adapt else 0
+        )
+        while self.rounds < min(due, total):
+            now = float(cast(float, self.point["density"]))
+            self.rounds += 1
+            if now > self.density[-1]:
+                asked = any(abs(now - d) < self.step / 2 for d in self.density)
+                self.prune(min(self.step, now - self.density[-1]), keep=asked)
+
+    def epoch_end(self, validation: Iterable[Batch] | None) -> None:
+        """Scores are those of the last whole epoch."""
+        if self._sums:
+            self._epoch, self._sums = self._sums, {}
+
+    def attach_optimizer(self, optimizer: Optimizer) -> None:
+        """Pruning drops the state that ``optimizer`` holds for tensors which shrink. ``fit`` calls this."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the optimiser, for ``copy.deepcopy`` and pickle."""
+        return self.__dict__ | {"_optimizer": None, "_sums": {}, "_epoch": {}}
+
+    def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """The setting in use; the adapters are decayed as everything else (towards the pretrained weights)."""
+        self.use(self.point)
+        found = [*self._setting().parameters(), *(self.blocks.parameters() if self.blocks is not None else ())]
+        return [{"params": found, "weight_decay": weight_decay}]
+
+    def extract(self, point: Mapping[str, Value], sparse: bool = False) -> nn.Module:
+        """The plain network of ``point``: adapters fused, channels cut, masked blocks zero.
+
+        Args:
+            point: one of ``points()``.
+            sparse: store layers sparsely where that is faster on this machine, for SPLoPA's zero blocks; the network
+                then has an attribute ``layouts`` that tells what was chosen.
+        """
+        setting = self._setting(self._known(point))
+        plain = self._network(setting).extract(self.model, self._tensors(setting, fused=True))
+        for p in plain.parameters():
+            p.requires_grad_(p.is_floating_point())
+        for name in self._heads:
+            layer = plain.get_submodule(name)
+            if isinstance(layer, nn.Linear):
+                layer.out_features = len(layer.weight)
+        if sparse:
+            example = to_device(self.example, device_of(plain))
+            plain.layouts = compile_sparse(plain, example=example)  # type: ignore[assignment]
+        return plain
+
+    def fuse(self) -> nn.Module:
+        """``extract`` of the setting in use."""
+        return self.extract(self.point)
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    def add_task(self, name: str, classes: int | None = None, seed: int | None = None) -> Self:
+        """A new task at density 1 with a fresh adapter, and the dial on it.
+
+        Args:
+            name: of the task.
+            classes: outputs of a new head; without it the head starts as the pretrained one.
+            seed: of the adapter and head; by default another one than those of the other tasks.
+
+        Raises:
+            ValueError: there is a task of that name.
+        """
+        if any(s.task == name for s in self._all()):
+            raise ValueError(f"name: there is a task {name!r} already")
+        number = self.seed + len({s.task for s in self._all()}) if seed is None else seed
+        self.settings.append(self._new_setting(name, number, classes))
+        self._reset_scores()
+        return self.use(self._point_of(self._all()[-1]))
+
+    # -- pruning ------------------------------------------------------------------------------------------------
+
+    def prune(
+        self,
+        step: float | None = None,
+        data: Iterable[Batch] | None = None,
+        *,
+        score: str | None = None,
+        keep: bool = False,
+    ) -> int:
+        """Remove the lowest-scored channels (blocks), ``step`` of their original number, from the setting in use.
+
+        Args:
+            step: share of the original number; ``self.step`` by default.
+            data: batches to score on, in evaluation mode. Without them the scores are those that ``loss`` summed up
+                in training over the last epoch (since the last pruning, before one has ended).
+            score: another one than ``self.score``.
+            keep: keep a copy of the setting as it is now.
+
+        Returns:
+            How many channels (blocks) went. The last unit of a layer stays.
+
+        Raises:
+            RuntimeError: there are no scores yet.
+        """
+        share, kind = self.step if step is None else step, score or self.score
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"step: {share} is not in (0, 1]")
+        scores = self.score_layers(data, kind)
+        setting = self._setting()
+        if keep:
+            self._copy_of(setting)
+        count = round(share * self._units(None)[1])
+        gone = self._prune_blocks(setting, scores, count) if self.kind == "splopa" else self._drop(setting, scores, count)
+        self._reset_scores()
+        self.point = self._point_of(setting)
+        return gone
+
+    def score_layers(self, data: Iterable[Batch] | None = None, score: str | None = None) -> dict[str, Tensor]:
+        """Normalised scores of every writing layer's remaining outputs (SPLoPA: of the blocks), by layer name.
+
+        Raises:
+            RuntimeError: ``data`` is None and no training step has been made since the last pruning.
+            ValueError: an unknown score, no batches, or one that is not finite.
+        """
+        kind = score or self.score
+        if kind not in get_args(Score):
+            raise ValueError(f"score: {kind!r}; allowed: {', '.join(map(repr, get_args(Score)))}")
+        if kind == "weight":
+            with torch.no_grad():
+                tensors = self._tensors(self._setting(), fused=True)
+            sums = {n: self._weight_sums(n, tensors[f"{n}.weight"].abs()) for n in self._scored()}
+        elif data is not None:
+            sums = self._scored_on(data, kind)
+        else:
+            sums = self._epoch or self._sums
+            if not sums or kind != self.score:
+                raise RuntimeError(f"prune: no training step has summed up {kind!r} scores yet; give data=")
+        found = {}
+        for name, value in sums.items():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"score: that of layer {name!r} is not finite")
+            size = value.sum() if kind in ("weight", "lrp") else value.norm()
+            found[name] = value / size if size > 0 else value
+        return found
+
+    def _scored(self) -> list[str]:
+        """The layers whose outputs are scored: those that write the channels of a group, or carry block masks."""
+        if self.kind == "splopa":
+            return self._adapted
+        return list(dict.fromkeys(name for g in self.slicing.groups for name, _, _ in self._writers(g)))
+
+    def _writers(self, group: Group) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        found = []
+        for m in group.members:
+            module = self.model.get_submodule(m.module) if m.side != "parameter" else None
+            depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+            if m.side == "out" and isinstance(module, _ConvNd | nn.Linear) and not depthwise:
+                found.append((m.module, m.positions, m.channels))
+        return found
+
+    def _scored_on(self, data: Iterable[Batch], kind: str) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        device, seen = device_of(self.model), False
+        with evaluating(self), torch.enable_grad():
+            for batch in data:
+                x, y = to_device(split_batch(batch), device)
+                outputs: dict[str, Tensor] = {}
+                prediction = logits(self._run(x, outputs))
+                if kind == "lrp":
+                    goal = prediction.gather(-1, y.view(*prediction.shape[:-1], 1)).sum()
+                else:
+                    goal = self._criterion(prediction, y)
+                names = list(outputs)
+                grads = torch.autograd.grad(goal, [outputs[n] for n in names], allow_unused=True)
+                for name, grad in zip(names, grads, strict=True):
+                    if grad is not None:
+                        self._add_score(sums, name, kind, outputs[name].detach(), grad)
+                seen = True
+        if not seen:
+            raise ValueError("data: it holds no batches; scores need some")
+        return sums
+
+    def _add_score(self, sums: dict[str, Tensor], name: str, kind: str, value: Tensor, grad: Tensor) -> None:
+        if self.kind == "splopa":  # the value is the weight W_task
+            part = self._weight_sums(name, grad if kind == "gradient" else value * grad).abs()
+        else:
+            product = grad if kind == "gradient" else value * grad
+            layer = self.model.get_submodule(name)
+            dim = product.dim() - 1 if isinstance(layer, nn.Linear) else product.dim() - len(layer.kernel_size) - 1  # type: ignore[arg-type]
+            part = product.mean([d for d in range(product.dim()) if d != dim]).abs()
+        part = part.detach().double()
+        sums[name] = sums[name] + part if name in sums else part
+
+    def _weight_sums(self, name: str, weight: Tensor) -> Tensor:
+        """The sum over each output's weights, for SPLoPA over each block's."""
+        if self.kind != "splopa":
+            return weight.double().flatten(1).sum(1)
+        p, q = self.block
+        return weight.double().view(len(weight) // p, p, -1, q).sum((1, 3))
+
+    def _reset_scores(self) -> None:
+        self._sums, self._epoch = {}, {}
+
+    def _drop(self, setting: _Setting, scores: Mapping[str, Tensor], count: int) -> int:
+        """Remove channels, unit by unit, groups that a grouped convolution links together."""
+        network = self._network(setting)
+        totals: dict[frozenset[str], Tensor] = {}
+        groups = {g.name: g for g in self.slicing.groups}
+        for group in groups.values():
+            total, writers = torch.zeros(group.channels, dtype=torch.float64), 0
+            for name, positions, channels in self._writers(group):
+                layer = self.model.get_submodule(name)
+                full = torch.zeros(len(cast(Tensor, layer.weight)), dtype=torch.float64)
+                full[_positions(network.cuts.get(f"{name}.weight", {}), 0, len(full))] = scores[name].cpu()
+                total.index_add_(0, torch.tensor(channels), full[list(positions)])
+                writers += 1
+            if writers:
+                by_unit = total.view(group.units, -1).mean(1) / writers
+                totals[group.linked] = totals.get(group.linked, torch.zeros_like(by_unit)) + by_unit / len(group.linked)
+        kept = {name: set(setting.kept.get(name, range(g.channels))) for name, g in groups.items()}
+        candidates = sorted(
+            (float(total[unit]), sorted(linked)[0], unit, linked)
+            for linked, total in totals.items()
+            for unit in range(len(total))
+            if unit * groups[next(iter(linked))].bundle in kept[next(iter(linked))]
+        )  # fmt: skip
+        gone = 0
+        for _, _, unit, linked in candidates:
+            if gone >= count:
+                break
+            first = groups[next(iter(linked))]
+            if len(kept[first.name]) <= first.bundle:
+                continue  # the last unit of its layer
+            for name in linked:
+                bundle = groups[name].bundle
+                kept[name] -= set(range(unit * bundle, (unit + 1) * bundle))
+                gone += bundle
+        self._shrink(setting, kept)
+        return gone
+
+    def _prune_blocks(self, setting: _Setting, scores: Mapping[str, Tensor], count: int) -> int:
+        flat = [(n, cast(SPLoPA, setting.adapter(n)).mask) for n in self._adapted]
+        everything = torch.cat([torch.where(m, scores[n].to(m.device), math.inf).flatten() for n, m in flat])
+        layer = torch.cat([torch.full((m.numel(),), i) for i, (_, m) in enumerate(flat)])
+        left = [int(m.sum()) for _, m in flat]
+        offsets = [0]
+        for _, m in flat:
+            offsets.append(offsets[-1] + m.numel())
+        gone = 0
+        for index in torch.argsort(everything, stable=True).tolist():
+            i = int(layer[index])
+            if gone >= count or not math.isfinite(float(everything[index])):
+                break
+            if left[i] <= 1:
+                continue
+            flat[i][1].view(-1)[index - offsets[i]] = False
+            left[i] -= 1
+            gone += 1
+        return gone
+
+    def set_kept(self, kept: Mapping[str, Iterable[int]]) -> Self:
+        """Keep these channels of the groups that are named (see ``slicing.groups``) in the setting in use.
+
+        Raises:
+            ValueError: an unknown group, or a channel that is gone already.
+        """
+        setting = self._setting()
+        groups = {g.name: g for g in self.slicing.groups}
+        wanted = {name: set(setting.kept.get(name, range(g.channels))) for name, g in groups.items()}
+        for name, channels in kept.items():
+            if name not in groups:
+                raise ValueError(f"kept: there is no group {name!r}; there are: {list(groups)[:12]}")
+            chosen = set(channels)
+            if not chosen <= wanted[name]:
+                raise ValueError(
+                    f"kept: {name!r} has lost {sorted(chosen - wanted[name])[:8]} already, or never had them"
+                )
+            wanted[name] = chosen
+        self._shrink(setting, wanted)
+        self.point = self._point_of(setting)
+        self._reset_scores()
+        return self
+
+    def _shrink(self, setting: _Setting, kept: Mapping[str, set[int]]) -> None:
+        """Cut what the setting owns to the channels that are kept."""
+        groups = {g.name: g for g in self.slicing.groups}
+        smaller = {n: tuple(sorted(c)) for n, c in kept.items() if len(c) < groups[n].channels}
+        network = self.slicing.build(cast(Any, smaller))  # refuses what cannot be
+        before = self._network(setting)
+
+        def index(name: str, dim: int, size: int) -> Tensor:
+            old = _positions(before.cuts.get(name, {}), dim, size)
+            place = {p: i for i, p in enumerate(old)}
+            return torch.tensor([place[p] for p in _positions(network.cuts.get(name, {}), dim, size)])
+
+        with torch.no_grad():
+            for layer in setting.layers:
+                weight = cast(Tensor, self.model.get_submodule(layer).weight)
+                name = f"{layer}.weight"
+                rows, columns = index(name, 0, weight.shape[0]), index(name, 1, weight.shape[1])
+                cast(_Adapter, setting.adapter(layer)).cut(rows.to(weight.device), columns.to(weight.device))
+            for name, tensor in setting.own().items():
+                value = tensor.data
+                whole = _named(self.model, name)
+                for dim in network.cuts.get(name, {}):
+                    value = value.index_select(dim, index(name, dim, whole.shape[dim]).to(value.device))
+                tensor.data = value.contiguous()
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        for parameter in setting.parameters():
+            parameter.grad = None
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+        setting.kept, setting.network, setting.frozen = smaller, network, None
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def _all(self) -> list[_Setting]:
+        return cast("list[_Setting]", list(self.settings))
+
+    def _setting(self, point: Point | None = None) -> _Setting:
+        wanted = self.point if point is None else point
+        return next(s for s in self._all() if self._point_of(s) == wanted)
+
+    def _units(self, setting: _Setting | None) -> tuple[int, int]:
+        """Kept and all channels (blocks)."""
+        if self.kind == "splopa":
+            masks = [cast(SPLoPA, (setting or self._all()[0]).adapter(n)).mask for n in self._adapted]
+            return sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)
+        total = sum(g.channels for g in self.slicing.groups)
+        lost = 0 if setting is None else sum(
+            g.channels - len(setting.kept[g.name]) for g in self.slicing.groups if g.name in setting.kept
+        )  # fmt: skip
+        return total - lost, total
+
+    def _point_of(self, setting: _Setting) -> Point:
+        kept, total = self._units(setting)
+        return Point(task=setting.task, density=round(kept / total, 4))
+
+    def _copy_of(self, setting: _Setting) -> None:
+        """A copy of ``setting`` beside it, in place of an older one of the same density."""
+        copied = copy.deepcopy(setting)
+        copied.requires_grad_(False)
+        same = [
+            i for i, s in enumerate(self._all()) if s is not setting and self._point_of(s) == self._point_of(setting)
+        ]
+        if same:
+            self.settings[same[0]] = copied
+        else:
+            self.settings.append(copied)
+
+    def _network(self, setting: _Setting) -> SubNetwork:
+        if setting.network is None:
+            setting.network = self.slicing.build(cast(Any, setting.kept))
+        if setting.network.skeleton.training != self.training:
+            setting.network.skeleton.train(self.training)
+        return setting.network
+
+    def _tensors(self, setting: _Setting, fused: bool) -> dict[str, Tensor]:
+        """Every tensor that the setting's network needs; ``fused``: with the adapters in the weights."""
+        network = self._network(setting)
+        tensors = setting.own()
+        frozen = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        key = (self.training, *((t.data_ptr(), t._version) for n, t in frozen.items() if n not in tensors))
+        if setting.frozen is None or setting.frozen[0] != key:
+            with torch.no_grad():
+                views = network.views(self.model)
+            setting.frozen = (key, {n: t.detach() for n, t in views.items() if n not in tensors})
+        tensors |= setting.frozen[1]
+        prototypes = self.blocks() if self.blocks is not None else None
+        for layer in setting.layers:
+            name, adapter = f"{layer}.weight", setting.adapter(layer)
+            if isinstance(adapter, SPLoPA):
+                assert prototypes is not None
+                whole = tensors[name] + adapter.delta(prototypes)
+                tensors[name] = torch.where(adapter.spread(self.block), whole, whole.new_zeros(()))
+            elif fused or getattr(self.model.get_submodule(layer), "groups", 1) > 1:
+                tensors[name] = _add_to_centre(tensors[name], cast(_Adapter, adapter).delta())
+        return tensors
+
+    def _run(self, x: Input, outputs: dict[str, Tensor] | None = None) -> Any:
+        """The setting in use; ``outputs`` takes what the scored layers give (SPLoPA: their weights)."""
+        setting = self._setting()
+        network = self._network(setting)
+        if torch.is_grad_enabled():
+            tensors = self._tensors(setting, fused=not self.training)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                tensors = self._tensors(setting, fused=True)
+            # As in the extracted network: torch.matmul chooses a kernel by this flag.
+            tensors = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
+        hooks = []
+        for layer in setting.layers:
+            module, adapter = network.skeleton.get_submodule(layer), setting.adapter(layer)
+            split = self.training and torch.is_grad_enabled() and isinstance(adapter, _Adapter)
+            if split and getattr(module, "groups", 1) == 1:
+                hooks.append(module.register_forward_hook(_adding(cast(_Adapter, adapter).factors())))
+        if outputs is not None:
+            for name in self._scored():
+                if self.kind == "splopa":
+                    outputs[name] = tensors[f"{name}.weight"]
+                else:
+                    module = network.skeleton.get_submodule(name)
+                    hooks.append(module.register_forward_hook(_noting(outputs, name)))
+        args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
+        kwargs = dict(x) if isinstance(x, Mapping) else {}
+        with removing(hooks):
+            return functional_call(network.skeleton, tensors, args, kwargs, tie_weights=False)
+
+    def _criterion(self, output: Any, target: Any) -> Tensor:
+        return (self.criterion or cross_entropy)(logits(output), target)
+
+    # -- what is stored -----------------------------------------------------------------------------------------
+
+    def learned_numbers(self, point: Mapping[str, Value] | None = None) -> int:
+        """Learned numbers of a setting (the one in use by default): adapters, biases, norms and head, as kept.
+
+        SPLoPA's prototypes, which all layers and tasks share, are counted once.
+        """
+        setting = self._setting(None if point is None else self._known(point))
+        return setting.learned() + (sum(p.numel() for p in self.blocks.parameters()) if self.blocks is not None else 0)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Those of the setting in use (and SPLoPA's prototypes)."""
+        return list(self.parameter_groups()[0]["params"])
+
+    def save_task(self, path: str | Path, point: Mapping[str, Value] | None = None) -> Path:
+        """Write one setting alone, without the base network, as a safetensors file; replaced in one step.
+
+        Masks take one bit a channel; the file is loaded by ``load_task`` of a network with the same base.
+        """
+        setting = self._setting(None if point is None else self._known(point))
+        tensors = {n: t.detach().contiguous().clone() for n, t in setting.state_dict().items()}
+        if self.blocks is not None:
+            tensors |= {f"blocks.{n}": t.detach().clone() for n, t in self.blocks.state_dict().items()}
+            for name in [n for n in tensors if n.endswith(".mask")]:
+                tensors[name] = pack_bits(tensors[name])
+        meta = {"format": FORMAT, **self._description(setting), "base": self._base()}
+        target = Path(path)
+        temporary = target.with_name(target.name + ".part")
+        temporary.write_bytes(safetensors.torch.save(tensors, {"pliant": json.dumps(meta)}))
+        os.replace(temporary, target)
+        return target
+
+    def load_task(self, path: str | Path, name: str | None = None) -> Self:
+        """Take in a setting that ``save_task`` wrote, as task ``name`` (by default its own), and turn the dial to it.
+
+        Raises:
+            ValueError: the file is damaged, or was made for another base network or kind of adapter.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+                meta = json.loads((file.metadata() or {})["pliant"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"path: {path} is no task file of pliant, or it is damaged: {error}") from error
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"path: {path} has format {meta.get('format')}; this version reads {FORMAT}")
+        if meta["base"] != self._base():
+            raise ValueError(f"path: {path} was made for another network, kind of adapter or rank than this one's")
+        task = name or meta["task"]
+        setting = self._restored(meta | {"task": task})
+        blocks = {n.removeprefix("blocks."): tensors.pop(n) for n in list(tensors) if n.startswith("blocks.")}
+        for key, shape in {k: t.shape for k, t in setting.state_dict().items() if k.endswith(".mask")}.items():
+            tensors[key] = unpack_bits(tensors[key], shape)
+        try:
+            setting.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"path: {path} does not fit: {str(error).splitlines()[-1].strip()}") from error
+        if self.blocks is not None:
+            mine = self.blocks.state_dict()
+            if any(not torch.equal(blocks[n].to(t), t) for n, t in mine.items()) and len(self._all()) > 1:
+                warnings.warn("load_task: the prototypes are replaced, for all tasks", stacklevel=2)
+            self.blocks.load_state_dict(blocks)
+        same = [i for i, s in enumerate(self._all()) if self._point_of(s) == self._point_of(setting)]
+        if same:
+            self.settings[same[0]] = setting
+        else:
+            self.settings.append(setting)
+        self._reset_scores()
+        return self.use(self._point_of(setting))
+
+    def _base(self) -> dict[str, Any]:
+        """What a task file must have been made for."""
+        shapes = {n: list(_named(self.model, f"{n}.weight").shape) for n in self._adapted}
+        kinds = {"kind": self.kind, "rank": self.rank, "block": list(self.block), "prototypes": self.prototypes}
+        return {**kinds, "prototype_rank": self.prototype_rank, "heads": self._heads, "layers": shapes}
+
+    def _description(self, setting: _Setting) -> dict[str, Any]:
+        groups = {g.name: g for g in self.slicing.groups}
+        masks = {}
+        for name, channels in setting.kept.items():
+            bits = torch.zeros(groups[name].channels, dtype=torch.bool)
+            bits[list(channels)] = True
+            masks[name] = bytes(pack_bits(bits).tolist()).hex()
+        own = setting.own()
+        heads = {n: len(own[f"{n}.weight"]) for n in self._heads}
+        return {"task": setting.task, "kept": masks, "heads": heads}
+
+    def _restored(self, description: Mapping[str, Any]) -> _Setting:
+        setting = self._new_setting(description["task"], self.seed)
+        for name, classes in description["heads"].items():
+            if classes != len(setting.own()[f"{name}.weight"]):
+                self._new_heads(setting, classes)
+        groups = {g.name: g for g in self.slicing.groups}
+        kept = {}
+        for name, code in description["kept"].items():
+            bits = torch.tensor(list(bytes.fromhex(code)), dtype=torch.uint8)
+            kept[name] = set(unpack_bits(bits, torch.Size([groups[name].channels])).nonzero().flatten().tolist())
+        if kept:
+            self._shrink(setting, {n: kept.get(n, set(range(g.channels))) for n, g in groups.items()})
+        setting.requires_grad_(False)
+        return setting
+
+    def structure(self) -> dict[str, Any]:
+        """The settings: task, masks, size of the head."""
+        at = self._all().index(self._setting())
+        return {"settings": [self._description(s) for s in self._all()], "at": at, "rounds": self.rounds}
+
+    def restructure(self, structure: dict[str, Any]) -> None:
+        """Make those settings, empty."""
+        self.settings = nn.ModuleList([self._restored(d) for d in structure["settings"]])
+        self.rounds = structure["rounds"]
+        setting = self._all()[structure["at"]]
+        self.point = self._point_of(setting)
+        setting.requires_grad_(True)
+
+    def extra_repr(self) -> str:
+        """The options."""
+        settings = f"settings={len(self.settings)}, at={self.point}"
+        return f"kind={self.kind!r}, rank={self.rank}, layers={len(self._adapted)}, {settings}"
+
+
+def _adding(factors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + _parallel(module, factors, args[0])
+
+    return hook
+
+
+def _noting(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        outputs[name] = output
+
+    return hook
+
+
+def _positions(cuts: Cuts, dim: int, size: int) -> list[int]:
+    """The positions of one dimension that are kept."""
+    if dim not in cuts:
+        return list(range(size))
+    return [p for start, length in cuts[dim] for p in range(start, start + length)]
+
+
+def _named(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), leaf)
+    return found
+
+
+def _has_centre(layer: _ConvNd) -> bool:
+    sizes = set(layer.kernel_size)
+    return len(sizes) == 1 and next(iter(sizes)) % 2 == 1
