@@ -73,7 +73,9 @@ def main() -> None:
         training.append({"density": density, "SPLoRA step / full fine-tuning step": round(ratio.median, 3)})
         print(training[-1])
     blocks = []
-    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)).eval()
+    model = nn.Sequential(
+        nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+    ).eval()
     for batch in (1, 64):
         x = torch.randn(batch, 1024)
         for density in (0.5, 0.3, 0.1):

@@ -351,6 +351,18 @@ def test_budgets_are_exact_and_ties_go_by_position(rows: int, columns: int, data
         assert not masks.follows_pattern(torch.ones(rows, columns), n, m)
 
 
+def test_torch_prune_chooses_the_same_weights() -> None:
+    from torch.nn.utils import prune
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.Conv1d(9, 4, 1))
+    scores = [masks.magnitude_score(m.weight) for m in model]
+    ours = masks.global_masks(scores, 40)
+    prune.global_unstructured([(m, "weight") for m in model], prune.L1Unstructured, amount=40)
+    for m, kept in zip(model, ours, strict=True):
+        assert torch.equal(m.weight_mask.bool(), kept)
+
+
 def test_bad_scores_and_patterns_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pattern: 2:4 needs .* has 6"):
         masks.group_mask(torch.ones(2, 6), 2, 4)

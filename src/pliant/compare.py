@@ -29,7 +29,7 @@ from pliant.core.frontier import COSTS, Frontier, Row, measure
 from pliant.core.inputs import Input, split_batch, take
 from pliant.core.persistence import save
 from pliant.core.training import fit
-from pliant.recipes import DEFAULT, METHODS, RECIPES, Only, Plain, Setting
+from pliant.recipes import DEFAULT, METHODS, RECIPES, UNSTRUCTURED, Only, Plain, Setting
 from pliant.tasks import Task
 
 
@@ -47,7 +47,7 @@ class Result:
     @property
     def cost(self) -> str:
         """The cost that its place in the left panel means."""
-        return "nonzero_flops" if self.method == "rd-pruning" else "flops"
+        return "nonzero_flops" if self.method in UNSTRUCTURED else "flops"
 
     def mean(self) -> list[tuple[Point, dict[str, float], float]]:
         """Point by point: the mean of every figure on test over the seeds, and the spread of quality (std)."""

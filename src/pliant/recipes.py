@@ -6,6 +6,8 @@ Every recipe takes one ``Setting``: the task, the trained baseline, and what all
   same data. A step does not cost the same: BigNAS runs four children, ProARD an attack; the table has the time of
   each training. The separate networks are trained once, and are the opponent of the whole elastic family.
 * RD pruning and global magnitude pruning start from the same trained baseline and share every step of fine-tuning.
+* Structured pruning adapters, and torch-pruning beside them, have those same steps; the consensus sub-networks are
+  trained from scratch, once for each share that is kept, with the baseline's steps each.
 * JEI-DNN and the confidence threshold use the same frozen baseline and the same heads' training data.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +33,7 @@ from pliant.tasks import Task
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 SPARSITY = (0.8, 0.9, 0.95, 0.98)
+KEEP = (0.75, 0.5, 0.25)
 COST_WEIGHTS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 Note = Callable[[str, report.Kind, str, Dynamic, float, nn.Module], None]
@@ -163,10 +167,67 @@ def _rd_pruning(s: Setting) -> None:
         s.fit(
             net,
             epochs=s.finetune * len(SPARSITY),
-            optimizer=lambda groups: torch.optim.AdamW(groups, 1e-3),
+            optimizer=_adamw,
             lr_schedule="constant",
         )
         s.done(name, kind, "rd-pruning", net, start)
+
+
+def _consensus(s: Setting) -> None:
+    """One training for each share that is kept; layers, or channels where the network has no residual branches."""
+    from pliant.sparsity.consensus import Consensus
+
+    start = time.perf_counter()
+    nets: dict[float, Plain] = {}
+    for keep in KEEP:
+        try:
+            net = Consensus(s.task.model(s.seed), s.task.example, keep=keep, seed=s.seed)
+        except ValueError:  # no residual branch in it
+            net = Consensus(s.task.model(s.seed), s.task.example, granularity="channel", keep=keep, seed=s.seed)
+        s.fit(net)
+        nets[keep] = Plain(net.extract(net.points()[0], force=True), s.task.example)
+    s.done("consensus (a training each)", "method", "consensus-subnetwork", Several(nets), start)
+
+
+def _adapters(s: Setting) -> None:
+    """SPLoRA on the trained baseline, and torch-pruning beside it, by rounds with the same steps to recover."""
+    from pliant.sparsity.pruning_adapters import PruningAdapters
+
+    start = time.perf_counter()
+    epochs, tuned = s.finetune * len(SPARSITY), {"optimizer": _adamw, "lr_schedule": "constant"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a first layer of one channel can use no more than rank 1
+        net = PruningAdapters(copy.deepcopy(s.base), s.task.example, density=KEEP, step=0.05, adapt=0.0, seed=s.seed)
+    s.fit(net, epochs=epochs, **tuned)
+    s.done("SPLoRA (frozen weights)", "method", "structured-pruning-adapters", net, start)
+    start = time.perf_counter()
+    nets: dict[float, Plain] = {}
+    model, before = copy.deepcopy(s.base), 1.0
+    for keep in KEEP:
+        model = _torch_pruned(model, s, keep / before)
+        before, nets[keep] = keep, Plain(model, s.task.example)
+        s.fit(nets[keep], epochs=max(1, epochs // len(KEEP)), **tuned)
+        model = copy.deepcopy(nets[keep].model)
+    s.done("torch-pruning", "opponent", "structured-pruning-adapters", Several(nets), start)
+
+
+def _torch_pruned(model: nn.Module, s: Setting, keep: float) -> nn.Module:
+    """``model`` with this share of its channels, the rest cut by torch-pruning's group magnitude, over all layers."""
+    import torch_pruning
+
+    head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    for p in model.parameters():
+        p.requires_grad_(True)
+    pruner = torch_pruning.pruner.BasePruner(
+        model, s.task.example, importance=torch_pruning.importance.GroupMagnitudeImportance(), global_pruning=True,
+        pruning_ratio=1 - keep, ignored_layers=head, max_pruning_ratio=0.95,
+    )  # fmt: skip
+    pruner.step()
+    return model
+
+
+def _adamw(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, 1e-3)
 
 
 def _jei_dnn(s: Setting) -> None:
@@ -194,8 +255,11 @@ RECIPES: dict[str, Callable[[Setting], None]] = {
     "sn-net": _sn_net,
     "self-expanding": _self_expanding,
     "proard": _proard,
+    "consensus-subnetwork": _consensus,
+    "structured-pruning-adapters": _adapters,
 }
 METHODS = tuple(RECIPES)
+UNSTRUCTURED = ("rd-pruning",)  # single zeros: their place on the chart is by the FLOPs on weights that are not zero
 DEFAULT = ("sortednet", "rd-pruning", "jei-dnn")  # what runs in a few minutes when nothing is asked for
 
 

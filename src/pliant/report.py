@@ -16,7 +16,10 @@ Kind = Literal["method", "opponent", "baseline"]
 
 # Hues that stay apart under the common colour-vision deficiencies and against white, in the order of the methods of the
 # main job; opponents share the hue of the method they are set against and differ by line and marker.
-COLOURS = ("#2a78d6", "#eb6834", "#008300", "#e34948", "#1baf7a", "#eda100", "#4a3aa7")
+COLOURS = (
+    "#2a78d6", "#eb6834", "#008300", "#e34948", "#1baf7a", "#eda100", "#4a3aa7",
+    "#00809d", "#b0125b", "#7a5c00", "#8a3ffc", "#5b6f7d",
+)  # fmt: skip
 INK, MUTED, GRID = "#0b0b0b", "#52514e", "#e1e0d9"
 
 AXES = {

@@ -1,5 +1,7 @@
 """Which weights exist: pruning and sparse training."""
 
+from pliant.sparsity.consensus import Consensus
+from pliant.sparsity.pruning_adapters import PruningAdapters
 from pliant.sparsity.rd_pruning import RDPruning
 
-__all__ = ["RDPruning"]
+__all__ = ["Consensus", "PruningAdapters", "RDPruning"]

@@ -85,7 +85,7 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.masks import multiply_adds, prunable
-from pliant.core.slicing import Group, Slicing
+from pliant.core.slicing import Group, Slicing, SubNetwork
 
 Granularity = Literal["layer", "channel"]
 GATED = Point(gates="input")
@@ -214,13 +214,14 @@ class _Passing:
     """What belongs to this network object alone; copies of it are empty.
 
     ``forwards``: blocks with some branches gated or taken out, made when first asked for. ``gates``: those of the last
-    forward, by branch or group.
+    forward, by branch or group. ``sliced``: the sub-network of the channels that stay.
     """
 
     def __init__(self) -> None:
         self.forwards: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.gates: dict[int, Tensor] = {}
         self.ran = False
+        self.sliced: tuple[tuple[bool, ...], SubNetwork] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Passing:
         return _Passing()
@@ -687,9 +688,7 @@ class Consensus(Dynamic):
                 "on with a larger lam_polar, or give force=True"
             )
         if self.slicing is not None:
-            network = self.slicing.build(cast(Any, self._kept_channels()))
-            network.skeleton.eval()
-            return network.extract(self.model, self._shut_columns())
+            return self._sliced(self.slicing).extract(self.model, self._shut_columns())
         plain = copy.deepcopy(self.model).eval()
         closed = self._closed()
         for block, branches in sorted(self._by_block().items(), key=lambda item: -item[0].count(".")):
@@ -721,11 +720,20 @@ class Consensus(Dynamic):
 
     def _run_consensus(self, x: Input) -> Any:
         if self.slicing is not None:
-            network = self.slicing.build(cast(Any, self._kept_channels()))
-            network.skeleton.train(self.training)
-            return network.run(self.model, x, self._shut_columns())
+            shut = self._shut_columns()  # copies, which a change of the weights does not reach: put in place each time
+            key = object() if shut else None
+            return self._sliced(self.slicing).infer(self.model, x, lambda: shut, key)
         with _replaced(self.model, self._made(False, self._closed())):
             return call(self.model, x)
+
+    def _sliced(self, slicing: Slicing) -> SubNetwork:
+        """The sub-network of the channels that stay, built when they changed."""
+        key = tuple((self.means >= 0.5).tolist())
+        if self._passing.sliced is None or self._passing.sliced[0] != key:
+            network = slicing.build(cast(Any, self._kept_channels()))
+            network.skeleton.eval()
+            self._passing.sliced = (key, network)
+        return self._passing.sliced[1]
 
     def _made(self, gated: bool, closed: set[int]) -> dict[str, Callable[..., Any]]:
         """The forwards of all blocks that differ from their own, by name."""
@@ -907,7 +915,7 @@ class Consensus(Dynamic):
         if not shut:
             return {}
         kept = self._kept_channels()
-        views = self.slicing.build(cast(Any, kept)).views(self.model)
+        views = self._sliced(self.slicing).views(self.model)
         replaced: dict[str, Tensor] = {}
         for r in shut:
             for name, (positions, channels) in r.readers.items():

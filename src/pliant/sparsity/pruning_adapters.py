@@ -628,7 +628,8 @@ class PruningAdapters(Dynamic):
         if keep:
             self._copy_of(setting)
         count = round(share * self._units(None)[1])
-        gone = self._prune_blocks(setting, scores, count) if self.kind == "splopa" else self._drop(setting, scores, count)
+        drop = self._prune_blocks if self.kind == "splopa" else self._drop
+        gone = drop(setting, scores, count)
         self._reset_scores()
         self.point = self._point_of(setting)
         return gone
