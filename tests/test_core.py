@@ -231,6 +231,11 @@ def _first(entry: catalog.Entry, make: Callable[[int], nn.Module]) -> dict[str, 
     return {"anchors": [make(4), make(8)]} if entry.slug == "sn-net" else {"model": make(4)}
 
 
+# What a method cannot do without on these networks: no residual sums in the one, even filters in the other.
+_OPTIONS: dict[str, dict[str, Any]] = {"consensus-subnetwork": {"granularity": "channel"}}
+_OPTIONS_BY_NAME = _OPTIONS | {"structured-pruning-adapters": {"targets": ("*layer*",)}}
+
+
 @pytest.mark.parametrize("entry", catalog.METHODS, ids=lambda e: e.slug)
 def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any) -> None:
     """The common promise: saved and loaded again, the outputs are equal at every point."""
@@ -242,7 +247,7 @@ def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any
         return nn.Sequential(nn.Conv2d(1, c, 3), nn.Sequential(*blocks), *head)
 
     x, y = torch.rand(16, 1, 8, 8), torch.randint(0, 3, (16,))
-    net = entry.load()(**_first(entry, model), example=x[:4])
+    net = entry.load()(**_first(entry, model), example=x[:4], **_OPTIONS.get(entry.slug, {}))
     pliant.fit(net, [(x, y)] * 4, validation=[(x, y)], epochs=8, lr=0.01, progress=False)
     pliant.save(net, tmp_path / "net")
     again = pliant.load(tmp_path / "net", **_first(entry, model)).eval()
@@ -268,7 +273,7 @@ def test_every_method_takes_inputs_by_name(entry: catalog.Entry) -> None:
         return network
 
     x, y = {"pixel_values": torch.randn(16, 1, 8, 8)}, torch.randint(0, 3, (16,))
-    net = entry.load()(**_first(entry, model), example=x)
+    net = entry.load()(**_first(entry, model), example=x, **_OPTIONS_BY_NAME.get(entry.slug, {}))
     pliant.fit(net, [{**x, "labels": y}] * 4, epochs=4, lr=0.01, progress=False)
     front = measure(net, [(x, y)], repeats=3)
     assert len(front) == len(net.points())

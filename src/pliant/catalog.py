@@ -107,6 +107,17 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="ftwt",
+        path="pliant.sparsity.ftwt:FTWT",
+        title="Fire together wire together: a dynamic pruning approach with self-supervised mask prediction",
+        year=2021,
+        arxiv="2110.08232",
+        what="which filters of each convolution are computed",
+        by="a linear head before each layer, trained on labels that the network makes itself",
+        when="per input",
+        task="images",
+    ),
+    Entry(
         slug="consensus-subnetwork",
         path="pliant.sparsity.consensus:Consensus",
         title="Learning a consensus sub-network with polarization regularization and one pass training",

@@ -369,6 +369,7 @@ class PruningAdapters(Dynamic):
             p.requires_grad_(False)
         self._heads, self._adapted = self._choose_layers()
         self.slicing = Slicing(model, example, width=kind != "splopa", exclude=exclude, stacks=())
+        self._warn_of_rank()
         self.blocks = self._make_prototypes()
         self.settings = nn.ModuleList([self._new_setting(task, seed)])
         self.point = self.points()[0]
@@ -421,6 +422,19 @@ class PruningAdapters(Dynamic):
             raise ValueError(f"targets: {list(self.targets)} leaves no layer for kind={self.kind!r}")
         return heads, adapted
 
+    def _rank(self, n_out: int) -> int:
+        return int(self.rank) if self.rank >= 1 else max(1, round(self.rank * n_out))
+
+    def _warn_of_rank(self) -> None:
+        shapes = {n: _named(self.model, f"{n}.weight").shape[:2] for n in self._adapted}
+        high = [n for n, (out, inp) in shapes.items() if self._rank(out) > min(out, inp)]
+        if high and self.kind == "splora":
+            warnings.warn(
+                f"rank: {self.rank} is above what {', '.join(map(repr, high[:6]))} can use; kind='sppara' or a smaller "
+                "rank would learn fewer numbers there",
+                stacklevel=3,
+            )
+
     def _make_prototypes(self) -> Prototypes | None:
         if self.kind != "splopa":
             return None
@@ -437,12 +451,7 @@ class PruningAdapters(Dynamic):
                 weight = cast(Tensor, self.model.get_submodule(name).weight)
                 n_out, n_in = weight.shape[:2]
                 if self.kind == "splora":
-                    rank = int(self.rank) if self.rank >= 1 else max(1, round(self.rank * n_out))
-                    if rank > min(n_out, n_in):
-                        warnings.warn(
-                            f"rank: {rank} is above what {name!r} of {n_out} x {n_in} can use; SPPaRA would be smaller",
-                            stacklevel=4,
-                        )
+                    rank = self._rank(n_out)
                     adapters[name] = SPLoRA(n_out, n_in, rank, self.init_range)
                 elif self.kind == "sppara":
                     adapters[name] = SPPaRA(n_out, n_in, self.init_range)
@@ -515,21 +524,24 @@ class PruningAdapters(Dynamic):
         return hook
 
     def schedule(self, progress: float) -> None:
-        """Adapt, then one round of pruning after another until the least density; see the class."""
+        """Adapt, then one round of pruning after another until the least density; see the class.
+
+        A round waits for scores, one step of training at least. Rounds that are due at once, in a training of few
+        steps, are one pruning, though never across a density that is to be kept.
+        """
         if progress == 0.0:
             self.rounds = 0
-        total = math.ceil(round((1.0 - self.density[-1]) / self.step, 6))
-        if progress >= 1.0:
+        if not self.adapt <= progress < 1.0 or not (self.score == "weight" or self._epoch or self._sums):
             return
-        due = (
-            math.floor((progress - self.adapt) / (1.0 - self.adapt) * total + 1e-9) + 1 if progress >= self.adapt else 0
-        )
-        while self.rounds < min(due, total):
-            now = float(cast(float, self.point["density"]))
-            self.rounds += 1
-            if now > self.density[-1]:
-                asked = any(abs(now - d) < self.step / 2 for d in self.density)
-                self.prune(min(self.step, now - self.density[-1]), keep=asked)
+        total = math.ceil(round((1.0 - self.density[-1]) / self.step, 6))
+        due = min(math.floor((progress - self.adapt) / (1.0 - self.adapt) * total + 1e-9) + 1, total) - self.rounds
+        now = float(cast(float, self.point["density"]))
+        near = self.step / 2  # whole channels: a density is met to within half a round
+        below = [d for d in self.density if d < now - near]
+        if due > 0 and below:
+            amount = min(due * self.step, now - below[0])
+            self.prune(amount, keep=any(abs(now - d) < near for d in self.density))
+            self.rounds += math.ceil(round(amount / self.step, 6))
 
     def epoch_end(self, validation: Iterable[Batch] | None) -> None:
         """Scores are those of the last whole epoch."""
