@@ -63,7 +63,7 @@ class InputStatistics:
         if not bool(torch.isfinite(x).all()):
             raise ValueError("x: the activations contain NaN or infinity")
         rows = x.detach().reshape(-1, self.features).double()
-        new = InputStatistics(self.features, variance=self.kind)
+        new = InputStatistics(self.features, variance=self.kind, device=rows.device)
         new.count = len(rows)
         new.mean = rows.mean(0)
         new._deviation = (rows - new.mean).square().sum(0)

@@ -191,6 +191,19 @@ class Dynamic(nn.Module, ABC):
         raise ValueError(f"point: {wanted} is not a setting of {type(self).__name__}; it has: {shown}")
 
 
+def inner_optimizer(optimizer: Any) -> Optimizer:
+    """The optimiser itself, out of wrappers such as accelerate's (which is an Optimizer too).
+
+    Raises:
+        TypeError: it is no optimiser.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
 def _is_plain(value: Any) -> bool:
     if value is None or isinstance(value, bool | int | float | str):
         return True

@@ -35,7 +35,7 @@ class Batches:
 def check(statement: str, value: float, *, least: float | None = None, most: float | None = None) -> dict[str, Any]:
     """A statement, whether the value is within its limits, and the value."""
     holds = (least is None or value >= least) and (most is None or value <= most)
-    return {"statement": statement, "holds": holds, "measured": round(value, 2)}
+    return {"statement": statement, "holds": holds, "measured": float(f"{value:.4g}")}
 
 
 def verdict(checks: Sequence[dict[str, Any]]) -> str:

@@ -69,7 +69,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
-from pliant.core.dynamic import Dynamic, Point, Value
+from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
     Criterion,
@@ -550,7 +550,7 @@ class PruningAdapters(Dynamic):
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
         """Pruning drops the state that ``optimizer`` holds for tensors which shrink. ``fit`` calls this."""
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer = weakref.ref(inner_optimizer(optimizer))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the optimiser, for ``copy.deepcopy`` and pickle."""

@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
 from pliant.core.cost import count_parameters, flops_per_sample
-from pliant.core.dynamic import Dynamic, Point, Value
+from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
     Criterion,
@@ -72,7 +72,6 @@ from pliant.elastic.self_expanding.surgery import (
     fill,
     find_sites,
     grow_state,
-    inner_optimizer,
     is_read_twice,
     join_groups,
     make_unit,

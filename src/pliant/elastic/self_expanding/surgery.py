@@ -579,16 +579,6 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
 # -- optimisers -------------------------------------------------------------------------------------------------------
 
 
-def inner_optimizer(optimizer: Any) -> Optimizer:
-    """The optimiser itself, out of wrappers such as accelerate's."""
-    while not isinstance(optimizer, Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        optimizer = inner
-    return optimizer
-
-
 def check_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Refuse a state that cannot grow, before anything is changed."""
     for p in parameters:

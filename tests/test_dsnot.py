@@ -1,0 +1,919 @@
+"""The specification's exact properties 1-12 by number, then models, block by block, bad input and the life cycle."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pliant.core import masks
+from pliant.core.activations import InputStatistics, matrix
+from pliant.core.dynamic import Point
+from pliant.core.frontier import measure
+from pliant.core.persistence import load, save
+from pliant.core.training import fit
+from pliant.sparsity.dsnot import DENSE, DSnoT, Refined, attention_only, expected_error, refine, zeros_in_row
+
+Case = dict[str, Tensor]
+
+
+def case(seed: int, rows: int = 5, columns: int = 16, shift: float = 0.7) -> Case:
+    """A weight and the statistics of inputs whose means differ from zero."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, columns, generator=rng, dtype=torch.float64) * torch.rand(columns, generator=rng)
+    x = x + shift * torch.randn(columns, generator=rng, dtype=torch.float64)
+    weight = torch.randn(rows, columns, generator=rng, dtype=torch.float64)
+    return {"x": x, "weight": weight, **of_inputs(x)}
+
+
+def of_inputs(x: Tensor) -> Case:
+    return {"mean": x.mean(0), "variance": x.var(0, unbiased=False), "norm": x.norm(dim=0)}
+
+
+def run(
+    c: Case, sparsity: float = 0.5, pattern: tuple[int, int] | None = None, **options: Any
+) -> tuple[Tensor, Refined]:
+    score = masks.wanda_score(c["weight"], c["norm"])
+    if pattern is None:
+        start = masks.row_mask(score, zeros_in_row(score.shape[1], sparsity))
+    else:
+        start = masks.group_mask(score, *pattern)
+    names = ("mean", "variance", "norm")
+    found = refine(c["weight"], start, *(c[n] for n in names), pattern=pattern, score=score, **options)
+    return start, found
+
+
+def naive(
+    c: Case,
+    start: Tensor,
+    cycles: int,
+    p: float,
+    same_sign: bool,
+    eps: float,
+    pattern: tuple[int, int] | None,
+    shrinking: bool = True,
+) -> tuple[Tensor, list[float], list[list[tuple[int, int]]]]:
+    """The algorithm as it is written, one weight at a time."""
+    w, mu, v, nrm = c["weight"], c["mean"], c["variance"], c["norm"]
+    rows, columns = w.shape
+    kept = start.clone()
+    errors, trace = [], []
+    for r in range(rows):
+        contribution = [float(w[r, k] * mu[k]) for k in range(columns)]
+        s = [float(w[r, k].abs() * nrm[k]) for k in range(columns)]
+        e = sum(contribution[k] for k in range(columns) if not start[r, k])
+        first = math.copysign(1.0, e) if e else 0.0
+        touched: set[int] = set()
+        done: list[tuple[int, int]] = []
+        while len(done) < cycles:
+            if abs(e) <= eps:
+                break
+            sign = math.copysign(1.0, e)
+            grow = [k for k in range(columns) if not start[r, k] and k not in touched and contribution[k] * e > 0]
+            if pattern is not None:
+                m = pattern[1]
+
+                def open_group(k: int, m: int = m, r: int = r, touched: set[int] = touched) -> bool:
+                    return any(start[r, j] and j not in touched for j in range(k // m * m, k // m * m + m))
+
+                grow = [k for k in grow if open_group(k)]
+            if not grow:
+                break
+            g = max(grow, key=lambda k: sign * contribution[k] / float(v[k]) ** p)
+            if pattern is None:
+                gone = [k for k in range(columns) if start[r, k] and k not in touched and contribution[k] * e < 0]
+            else:
+                low = g // pattern[1] * pattern[1]
+                gone = [k for k in range(low, low + pattern[1]) if start[r, k] and k not in touched]
+            if not gone:
+                break
+            d = min(gone, key=lambda k: s[k])
+            if pattern is not None and shrinking and sign * contribution[d] >= sign * contribution[g]:
+                touched.add(g)  # passed over
+                continue
+            new = e - contribution[g] + contribution[d]
+            if (same_sign or pattern is not None) and (math.copysign(1.0, new) if new else 0.0) != first:
+                break
+            kept[r, g], kept[r, d] = True, False
+            e = new
+            touched |= {g, d}
+            done.append((g, d))
+        errors.append(e)
+        trace.append(done)
+    return kept, errors, trace
+
+
+# -- 1-4: budget, error, signs, sets ----------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 5),
+    sparsity=st.sampled_from([0.0, 0.25, 0.5, 0.6, 0.9, 1.0]),
+    pattern=st.sampled_from([None, (2, 4), (1, 4), (3, 4)]),
+    cycles=st.sampled_from([0, 1, 3, 50]),
+    same_sign=st.booleans(),
+    odd=st.sampled_from(["plain", "zero row", "twins", "dead inputs", "constant inputs"]),
+)
+def test_1_2_4_budget_error_and_sets(
+    seed: int,
+    rows: int,
+    groups: int,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    cycles: int,
+    same_sign: bool,
+    odd: str,
+) -> None:
+    c = case(seed, rows, 4 * groups)
+    if odd == "zero row":
+        c["weight"][0] = 0.0
+    if odd == "twins":
+        c["weight"][:, 1] = c["weight"][:, 0]
+        c |= of_inputs(c["x"][:, [0, 0, *range(2, 4 * groups)]])
+    if odd == "dead inputs":
+        c |= of_inputs(c["x"] * (torch.arange(4 * groups) % 2))
+    if odd == "constant inputs":
+        c |= of_inputs(c["x"][:1].expand(7, -1))
+    start, found = run(c, sparsity, pattern, cycles=cycles, same_sign=same_sign)
+    # 1: every row keeps its number of weights, every group too
+    assert torch.equal(found.kept.sum(1), start.sum(1))
+    if pattern is not None:
+        assert (found.kept.view(rows, -1, 4).sum(2) == pattern[0]).all()
+    # 2: the error that was carried along is the error of the mask
+    again = expected_error(c["weight"], found.kept, c["mean"])
+    scale = (c["weight"] * c["mean"]).abs().sum(1).clamp_min(1e-300)
+    assert ((found.after - again).abs() <= 1e-12 * scale).all()
+    assert torch.allclose(found.before, expected_error(c["weight"], start, c["mean"]))
+    # 4: what grew was pruned, what went was kept, nothing was used twice, T at most
+    grown, gone = found.kept & ~start, ~found.kept & start
+    assert torch.equal(grown.sum(1), found.swaps)
+    assert torch.equal(gone.sum(1), found.swaps)
+    assert int(found.swaps.max()) <= cycles
+    contribution = c["weight"] * c["mean"]
+    assert (contribution[grown] != 0).all()
+    if pattern is not None:
+        assert int(grown.view(rows, -1, 4).sum(2).max()) <= min(pattern[0], 4 - pattern[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_3_with_the_sign_rule_the_error_shrinks_strictly(seed: int) -> None:
+    c = case(seed, 12, 200)
+    contribution = c["weight"] * c["mean"]
+    _, last = run(c, cycles=0)
+    for cycles in range(1, 16):
+        _, now = run(c, cycles=cycles)
+        moved = now.swaps > last.swaps
+        assert torch.equal(now.swaps[~moved], last.swaps[~moved])
+        assert (now.after.abs()[moved] < last.after.abs()[moved]).all()
+        assert torch.equal(now.after[~moved], last.after[~moved])
+        assert torch.equal(now.after.sign(), now.before.sign())
+        grown, gone = now.kept & ~last.kept, ~now.kept & last.kept
+        sign = now.before.sign()[:, None].expand_as(contribution)
+        assert (contribution[grown] * sign[grown] > 0).all()
+        assert (contribution[gone] * sign[gone] < 0).all()
+        last = now
+    assert last.swaps.max() > 2
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (4, 8), (1, 4)])
+def test_3_in_patterns_the_error_shrinks_unless_the_references_rule_is_asked_for(pattern: tuple[int, int]) -> None:
+    grew = 0
+    for seed in range(8):
+        c = case(seed, 12, 64)
+        _, found = run(c, pattern=pattern)
+        moved = found.swaps > 0
+        assert moved.any()
+        assert (found.after.abs()[moved] < found.before.abs()[moved]).all()
+        assert torch.equal(found.after.sign(), found.before.sign())
+        _, theirs = run(c, pattern=pattern, shrinking=False)
+        assert torch.equal(theirs.after.sign(), theirs.before.sign())
+        grew += int((theirs.after.abs() > theirs.before.abs()).sum())
+    assert grew
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_3_without_the_rule_every_swap_still_moves_against_the_error(seed: int) -> None:
+    c = case(seed, 12, 400)  # T is capped at 5 there
+    overshot = False
+    _, last = run(c, cycles=0, same_sign=False)
+    for cycles in range(1, 6):
+        _, now = run(c, cycles=cycles, same_sign=False)
+        moved = now.swaps > last.swaps
+        positive = last.after[moved] > 0
+        assert torch.equal(now.after[moved] < last.after[moved], positive)
+        overshot |= bool((now.after.abs() > last.after.abs()).any())
+        last = now
+    assert overshot or seed
+    assert int(run(c, cycles=50, same_sign=False)[1].swaps.max()) <= max(1, round(0.0122 * 400))
+
+
+# -- 5: nothing to do ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_5_no_cycles_or_no_error_leave_the_start(pattern: tuple[int, int] | None) -> None:
+    c = case(1)
+    for options in ({"cycles": 0}, {"eps": math.inf}):
+        start, found = run(c, pattern=pattern, **options)  # type: ignore[arg-type]
+        assert torch.equal(found.kept, start)
+        assert not found.swaps.any()
+    x = torch.randn(20, 16, dtype=torch.float64)
+    seen = InputStatistics(16)
+    seen.update(torch.stack([x, -x], 1))
+    assert torch.equal(seen.mean, torch.zeros(16, dtype=torch.float64))
+    start, found = run({"weight": c["weight"], "mean": seen.mean, "variance": seen.variance, "norm": seen.norm})
+    assert torch.equal(found.kept, start)
+    start, found = run(c)
+    assert not torch.equal(found.kept, start)
+
+
+# -- 6: the loop as it is written ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same_sign", "p", "eps", "shrinking"),
+    [
+        (None, True, 1.0, 0.0, True),
+        (None, True, 0.0, 0.3, True),
+        (None, False, 1.0, 0.0, True),
+        ((2, 4), True, 1.0, 0.0, True),
+        ((2, 4), True, 1.0, 0.0, False),
+        ((4, 8), True, 0.5, 0.1, True),
+        ((4, 8), True, 1.0, 0.0, False),
+        ((1, 4), True, 1.0, 0.0, True),
+        ((1, 4), True, 1.0, 0.0, False),
+        ((3, 4), False, 2.0, 0.0, True),
+        ((5, 8), True, 1.0, 0.0, False),
+    ],
+)
+def test_6_equals_the_plain_loop(
+    pattern: tuple[int, int] | None,
+    same_sign: bool,
+    p: float,
+    eps: float,
+    shrinking: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pliant.sparsity.dsnot._CAP", 0.3)  # five swaps of 16 columns, so that signs do turn
+    swaps = 0
+    for seed in range(200):
+        c = case(seed)
+        sparsity = (0.25, 0.5, 0.7)[seed % 3]
+        cycles = (2, 50)[seed % 2]
+        options = {"cycles": cycles, "variance_power": p, "same_sign": same_sign, "eps": eps, "shrinking": shrinking}
+        start, found = run(c, sparsity, pattern, **options)  # type: ignore[arg-type]
+        limit = cycles if same_sign or pattern is not None else min(cycles, 5)
+        kept, errors, trace = naive(c, start, limit, p, same_sign, eps, pattern, shrinking)
+        assert torch.equal(found.kept, kept), seed
+        assert found.after.tolist() == pytest.approx(errors, abs=1e-12)
+        assert found.swaps.tolist() == [len(t) for t in trace]
+        swaps += sum(len(t) for t in trace)
+    assert swaps > 100
+
+
+def test_6_the_first_swap_is_the_best_of_all() -> None:
+    c = case(2, 5, 40)
+    start, found = run(c, cycles=1)
+    contribution, e = c["weight"] * c["mean"], found.before
+    for r in range(5):
+        if not found.swaps[r]:
+            continue
+        gain = (contribution[r] * e[r].sign() / c["variance"]).masked_fill(start[r], -math.inf)
+        loss = (c["weight"][r].abs() * c["norm"]).masked_fill(~start[r] | (contribution[r] * e[r] >= 0), math.inf)
+        assert found.kept[r, gain.argmax()]
+        assert not found.kept[r, loss.argmin()]
+    assert found.swaps.any()
+
+
+def test_6_large_layers_are_cut_into_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = case(5, 13, 16)
+    _, whole = run(c)
+    monkeypatch.setattr("pliant.sparsity.dsnot._AT_ONCE", 40)
+    _, parts = run(c)
+    assert torch.equal(whole.kept, parts.kept)
+    assert torch.equal(whole.after, parts.after)
+
+
+def test_6_equal_scores_go_by_column_in_long_rows_too() -> None:
+    from pliant.sparsity.dsnot import _ranked
+
+    for seed in range(20):
+        rng = torch.Generator().manual_seed(seed)
+        score = torch.randint(0, 12, (6, 64), generator=rng).double()
+        allowed = torch.rand(6, 64, generator=rng) < 0.8
+        whole = torch.argsort(score.masked_fill(~allowed, torch.inf), dim=1, stable=True)
+        for length in (1, 3, 9, 60):
+            order, valid = _ranked(score, allowed, length)
+            assert torch.equal(order, whole[:, :length])
+            assert torch.equal(valid, allowed.gather(1, order))
+
+
+# -- 7-8: what does not matter --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.25, 2.0, 1024.0]), same_sign=st.booleans())
+def test_7_equivariance(seed: int, scale: float, same_sign: bool) -> None:
+    c = case(seed)
+    _, found = run(c, same_sign=same_sign)
+    rows, columns = torch.randperm(5), torch.randperm(16)
+    moved = {"weight": c["weight"][rows][:, columns], **{n: c[n][columns] for n in ("mean", "variance", "norm")}}
+    assert torch.equal(run(moved, same_sign=same_sign)[1].kept, found.kept[rows][:, columns])
+    assert torch.equal(run(c | of_inputs(-c["x"]), same_sign=same_sign)[1].kept, found.kept)
+    assert torch.equal(run(c | of_inputs(scale * c["x"]), same_sign=same_sign)[1].kept, found.kept)
+    row_scale = torch.tensor([1.0, scale, 1.0, 0.5, scale], dtype=torch.float64)[:, None]
+    assert torch.equal(run(c | {"weight": c["weight"] * row_scale}, same_sign=same_sign)[1].kept, found.kept)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), value=st.sampled_from([0.0, 1e-3, 1.0, 50.0]))
+def test_8_equal_variances_are_no_variance(seed: int, value: float) -> None:
+    c = case(seed)
+    equal = c | {"variance": torch.full((16,), value, dtype=torch.float64)}
+    assert torch.equal(run(equal)[1].kept, run(c, variance_power=0.0)[1].kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_8_values_and_types_stay(dtype: torch.dtype) -> None:
+    model = mlp().to(dtype)
+    dense = copy.deepcopy(model)
+    net = DSnoT(model, inputs().to(dtype), sparsity=0.6).eval()
+    net.use({"sparsity": 0.6})
+    for name in ("0", "2"):
+        weight, before = net.model.get_submodule(name).weight, dense.get_submodule(name).weight
+        kept = net.mask(name, net.point)
+        assert weight.dtype == dtype
+        assert torch.equal(weight[kept], before[kept])
+        assert not weight[~kept].any()
+    assert net(inputs().to(dtype)).dtype == dtype
+
+
+# -- 9: streaming ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(1, 29), (10, 10, 10), (1,) * 30])
+def test_9_any_split_gives_the_same_statistics(sizes: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 7, 6, generator=rng) + 4096.0 * torch.arange(6)  # mean / spread up to 20,000, in float32
+    exact = x.double().flatten(0, 1)
+    seen = InputStatistics(6)
+    for part in x.split(sizes):
+        seen.update(part)
+    assert torch.allclose(seen.mean, exact.mean(0), rtol=1e-12)
+    assert torch.allclose(seen.variance, exact.var(0, unbiased=False), rtol=1e-6)
+    assert torch.allclose(seen.norm, exact.norm(dim=0), rtol=1e-12)
+
+
+def test_9_the_batch_size_of_the_calibration_does_not_matter() -> None:
+    nets = [DSnoT(decoder(), ids(), sparsity=0.6, batch_size=size) for size in (1, 5, 64)]
+    for name in nets[0]._names:
+        found = [net.mask(name, {"sparsity": 0.6}) for net in nets]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+# -- 10-12: patterns, the start, the bias ---------------------------------------------------------------------------
+
+
+def test_10_two_of_four() -> None:
+    net = DSnoT(decoder(), ids(), sparsity=(), pattern=("2:4", "4:8"))
+    assert net.points() == [Point(pattern="2:4"), Point(pattern="4:8"), DENSE]
+    for pattern, (n, m) in (("2:4", (2, 4)), ("4:8", (4, 8))):
+        small = net.extract({"pattern": pattern})
+        for name in net._names:
+            weight = matrix(small.get_submodule(name))
+            assert ((weight != 0).view(len(weight), -1, m).sum(2) == n).all()
+        assert sum(r.swaps for r in net.report({"pattern": pattern})) > 0
+    with pytest.raises(ValueError, match=r"pattern: '2:4' does not fit '0', whose rows have 6 inputs"):
+        DSnoT(nn.Sequential(nn.Linear(6, 4)), torch.randn(8, 6), pattern="2:4")
+
+
+@pytest.mark.parametrize("start", ["wanda", "magnitude"])
+def test_11_without_cycles_it_is_the_start(start: Any) -> None:
+    model, x = mlp(), inputs()
+    net = DSnoT(model, x, start=start, sparsity=(0.5, 0.6), cycles=0, blocks="")
+    for s in (0.5, 0.6):
+        weight = net.extract(DENSE).get_submodule("0").weight
+        size = weight.abs() * (x.norm(dim=0) if start == "wanda" else 1.0)
+        kept = net.mask("0", {"sparsity": s})
+        order = torch.argsort(size, dim=1, stable=True)
+        wanted = torch.ones_like(kept).scatter_(1, order[:, : int(12 * s)], False)
+        assert torch.equal(kept, wanted)
+    assert zeros_in_row(100, 0.29) == 29
+
+
+def test_11_ties_go_by_index() -> None:
+    start, _ = run(
+        {"weight": torch.ones(2, 8), "norm": torch.ones(8), "mean": torch.zeros(8), "variance": torch.ones(8)}
+    )
+    assert start.tolist() == [[False] * 4 + [True] * 4] * 2
+
+
+def test_11_sparsegpt_uses_the_second_moments() -> None:
+    x = inputs() @ torch.randn(12, 12)
+    net = DSnoT(mlp(), x, start="sparsegpt", sparsity=0.5, cycles=0, blocks="")
+    weight = net.extract(DENSE).get_submodule("0").weight.detach().double()
+    h = 2 * x.double().t() @ x.double() / len(x)
+    h = h + 0.01 * h.diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    score = (weight / upper.diagonal()) ** 2
+    assert torch.equal(net.mask("0", {"sparsity": 0.5}), masks.row_mask(score, 6))
+    assert not torch.equal(net.mask("0", {"sparsity": 0.5}), masks.row_mask(weight.abs(), 6))
+
+
+@pytest.mark.parametrize("block", [16, 4, None])
+def test_11_the_masks_of_torchao(block: int | None) -> None:
+    """Blocks as long as a row are our rows, blocks of 4 are 2:4, and without blocks it ranks the whole layer.
+
+    torchao 0.18 sums up squares and takes no root: its score is |W| ||A||^2, not Wanda's. Its inputs are divided by the
+    root of their norms here, so that both see the same score.
+    """
+    pytest.importorskip("torchao.sparsity")
+    from torchao.sparsity import WandaSparsifier
+
+    x = torch.randn(64, 16) * torch.rand(16)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4))
+    theirs = copy.deepcopy(model)
+    sparsifier = WandaSparsifier(sparsity_level=0.5, semi_structured_block_size=block)
+    sparsifier.prepare(theirs, [{"tensor_fqn": "0.weight"}])
+    theirs(x / x.norm(dim=0).sqrt())
+    sparsifier.step()
+    sparsifier.squash_mask()
+    net = DSnoT(model, x, sparsity=0.5, pattern="2:4", cycles=0, include=("0",), blocks="")
+    if block is None:
+        ours = masks.layer_mask(masks.wanda_score(model[0].weight, x.norm(dim=0)), 64)
+    else:
+        ours = net.mask("0", {"pattern": "2:4"} if block == 4 else {"sparsity": 0.5})
+    assert torch.equal(ours, theirs.get_submodule("0").weight != 0)
+
+
+@pytest.mark.parametrize("cycles", [0, 50])
+@pytest.mark.parametrize("bias", [True, False])
+def test_12_a_bias_meets_the_whole_objective(cycles: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(12, 6, bias=bias)).double()
+    x = inputs().double()
+    y = layer(x).detach()
+    net = DSnoT(layer, x, sparsity=0.6, cycles=cycles, correction="bias").eval()
+    with torch.no_grad():
+        gap = (net.use({"sparsity": 0.6})(x) - y).mean(0)
+        assert gap.abs().max() < 1e-14
+        assert torch.equal(net.use(DENSE)(x), y)
+        plain = DSnoT(copy.deepcopy(layer), x, sparsity=0.6, cycles=cycles).use({"sparsity": 0.6})
+        error = expected_error(layer[0].weight, plain.mask("0", plain.point), x.mean(0))
+        assert torch.allclose((y - plain(x)).mean(0), error, atol=1e-13)
+
+
+def test_12_convolutions_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 5, 3, 2, 1)).double()
+    x = torch.rand(9, 2, 8, 8, dtype=torch.float64)
+    y = model(x).detach()
+    net = DSnoT(model, x, sparsity=0.6, correction="bias").use({"sparsity": 0.6})
+    with torch.no_grad():
+        assert (net(x) - y).mean((0, 2, 3)).abs().max() < 1e-14
+    assert net.report()[0].swaps > 0
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def inputs() -> Tensor:
+    return torch.rand(40, 12, generator=torch.Generator().manual_seed(1)) + 0.2
+
+
+def ids(rows: int = 12, length: int = 9) -> Tensor:
+    return torch.randint(0, 40, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def decoder(kind: str = "llama") -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    common = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    llama = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**llama, num_key_value_heads=2, **common),
+        "qwen2": lambda: transformers.Qwen2Config(**llama, num_key_value_heads=2, **common),
+        "opt": lambda: transformers.OPTConfig(
+            hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=16,
+            max_position_embeddings=32, **common,
+        ),
+        "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=3, n_head=4, n_positions=32, **common),
+    }[kind]()  # fmt: skip
+    torch.manual_seed(0)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():  # initial biases are zero, and initial weights tiny
+        p.data += 0.1 * torch.randn(p.shape)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "layers"),
+    [
+        ("llama", "model.layers", 21),
+        ("qwen2", "model.layers", 21),
+        ("opt", "model.decoder.layers", 18),
+        ("gpt2", "transformer.h", 12),
+    ],
+)
+def test_decoders_of_transformers(kind: str, blocks: str, layers: int) -> None:
+    model, x = decoder(kind), ids()
+    dense = copy.deepcopy(model)
+    net = DSnoT(model, x, sparsity=(0.5, 0.7), pattern="2:4").eval()
+    assert net._block_names == [f"{blocks}.{i}" for i in range(3)]
+    assert len(net._names) == layers
+    assert net.prune().point == DENSE
+    state = net.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in dense.state_dict().items())
+    with torch.no_grad():
+        for point in net.points():
+            y = net.use(point)(x).logits
+            small = net.extract(point)
+            assert type(small) is type(dense)
+            assert torch.equal(small(x).logits, y)
+            share = masks.count_zeros(matrix(small.get_submodule(n)) for n in net._names)
+            total = sum(matrix(small.get_submodule(n)).numel() for n in net._names)
+            wanted = 0.5 if "pattern" in point else float(point["sparsity"])
+            assert share / total == pytest.approx(wanted, abs=0.05)
+        assert torch.equal(y, dense(x).logits)
+    assert torch.equal(net.model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    assert net.model.config.use_cache is dense.config.use_cache
+
+
+def test_statistics_come_from_the_sparse_prefix() -> None:
+    """Each block by hand: inputs that the pruned blocks before it give, masks from those."""
+    model, x = decoder(), ids()
+    net = DSnoT(copy.deepcopy(model), x, sparsity=0.6, start="magnitude")
+    by_hand, p = copy.deepcopy(model), {"sparsity": 0.6}
+    for b in range(3):
+        layers = {n: by_hand.get_submodule(n) for n in net._names if n.startswith(f"model.layers.{b}.")}
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, a, n=n, s=seen: s.update({n: a[0].double().flatten(0, -2)}))
+            for n, layer in layers.items()
+        ]
+        with torch.no_grad():
+            by_hand(x)
+        for hook in hooks:
+            hook.remove()
+        for n, layer in layers.items():
+            start = masks.row_mask(layer.weight.abs(), zeros_in_row(layer.in_features, 0.6))
+            statistics = of_inputs(seen[n]).values()
+            found = refine(layer.weight, start, *statistics)
+            assert torch.equal(net.mask(n, p), found.kept), n
+            layer.weight.data.masked_fill_(~found.kept, 0.0)
+    at_once = DSnoT(copy.deepcopy(model), x, sparsity=0.6, start="magnitude", blocks="")
+    assert torch.equal(at_once.mask(net._names[0], p), net.mask(net._names[0], p))
+    assert any(not torch.equal(at_once.mask(n, p), net.mask(n, p)) for n in net._names)
+    assert set(at_once._names) == {*net._names, "lm_head"}
+
+
+class Residual(nn.Module):
+    """Blocks that pass keyword arguments, a tuple, and something of their own in between."""
+
+    def __init__(self, between: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Linear(12, 8)
+        self.layers = nn.ModuleList(Gated() for _ in range(3))
+        self.head = nn.Linear(8, 2)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for i, layer in enumerate(self.layers):
+            h = layer(scale=torch.tensor(1.0 + i), hidden=h)[0]
+            if self.between:
+                h = h * self.between
+        return self.head(h)
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, scale: Tensor, hidden: Tensor) -> tuple[Tensor, None]:
+        return hidden + scale * self.down(torch.relu(self.up(hidden))), None
+
+
+def test_blocks_are_replayed_with_their_own_arguments_or_the_whole_network_is() -> None:
+    """A factor of one between the blocks breaks the chain of tensors, and must change no mask."""
+    from pliant.sparsity.dsnot import _Runner
+
+    found = []
+    for between in (0.0, 1.0):
+        net = DSnoT(Residual(between), inputs(), sparsity=0.5)
+        runner = _Runner(net.model, list(net.model.layers), net._data)
+        assert runner.chained == (not between)
+        found.append([net.mask(n, {"sparsity": 0.5}) for n in net._names])
+        assert net._names == [f"layers.{i}.{part}" for i in range(3) for part in ("up", "down")]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    wide = DSnoT(Residual(), inputs(), sparsity=0.5, blocks="", exclude=("head",))
+    assert wide._names[0] == "embed"
+    assert "head" not in wide._names
+
+
+def test_refine_chooses_layers_and_the_report_tells() -> None:
+    net = DSnoT(decoder(), ids(), sparsity=0.6, refine=attention_only)
+    plain = DSnoT(decoder(), ids(), sparsity=0.6, cycles=0)
+    report = net.report({"sparsity": 0.6})
+    assert {r.name for r in report if r.refined} == {n for n in net._names if "self_attn" in n}
+    assert all(r.swaps == 0 and r.error_after == r.error_before for r in report if not r.refined)
+    first = net._names[4]
+    assert "gate" in first
+    # the first block's attention was refined, so its MLP sees other inputs; the start rule is the same
+    assert int(net.mask(first, {"sparsity": 0.6}).sum()) == int(plain.mask(first, {"sparsity": 0.6}).sum())
+    for r in report:
+        assert r.error_after <= r.error_before
+        assert r.squared_after <= r.squared_before
+        assert r.sparsity == pytest.approx(zeros_in_row(r.columns, 0.6) / r.columns)
+    assert str(report).count("\n") == len(report)
+    assert "model.layers.2.mlp.down_proj" in str(report)
+    with pytest.raises(ValueError, match="dense setting"):
+        net.report()
+
+
+def test_reference_units_and_within_variance() -> None:
+    def masks_of(**options: Any) -> list[Tensor]:
+        net = DSnoT(decoder(), ids(), sparsity=0.6, **options)
+        return [net.mask(n, {"sparsity": 0.6}) for n in net._names]
+
+    length = ids().shape[1]
+    ours, theirs = masks_of(eps=0.02), masks_of(eps=0.02 * length, stats="reference")
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(ours, masks_of(eps=0.02, stats="reference"), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(masks_of(), masks_of(variance="within"), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(masks_of(), masks_of(same_sign=False), strict=True))
+
+
+def test_tied_weights_are_pruned_once() -> None:
+    model = mlp()
+    model.append(nn.Linear(3, 3))
+    model.append(model[5])
+    net = DSnoT(model, inputs(), sparsity=0.5)
+    assert net._names == ["0", "2", "4", "5"]
+    before = net(inputs())
+    net.use({"sparsity": 0.5}).use(DENSE)
+    assert torch.equal(net(inputs()), before)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"start": "random"}, ValueError, "start: 'random'; allowed: 'wanda', 'magnitude', 'sparsegpt'"),
+        ({"sparsity": 1.0}, ValueError, r"sparsity: 1.0 is not in \(0, 1\)"),
+        ({"sparsity": (0.5, 0.5)}, ValueError, "names one twice"),
+        ({"sparsity": ()}, ValueError, "leave the dial empty"),
+        ({"pattern": "2of4"}, ValueError, "pattern: '2of4'"),
+        ({"pattern": "4:2"}, ValueError, "pattern: 4:2"),
+        ({"pattern": ("5:10",)}, ValueError, "pattern: '5:10' does not fit '0', whose rows have 12 inputs"),
+        ({"cycles": -1}, ValueError, "cycles: -1"),
+        ({"cycles": True}, ValueError, "cycles: True"),
+        ({"batch_size": 0}, ValueError, "batch_size: 0"),
+        ({"eps": math.nan}, ValueError, "eps: nan"),
+        ({"variance_power": -1.0}, ValueError, "variance_power: -1.0"),
+        ({"stats": "paper"}, ValueError, "stats: 'paper'"),
+        ({"variance": "between"}, ValueError, "variance: 'between'"),
+        ({"correction": "weights"}, ValueError, "correction: 'weights'"),
+        ({"refine": "attn"}, TypeError, "refine: expected a function"),
+        ({"include": "0"}, TypeError, "include: expected a sequence"),
+        (
+            {"include": ("conv*",)},
+            ValueError,
+            r"include: 'conv\*' matches no layer inside the blocks; there are: 0, 2, 4",
+        ),
+        ({"exclude": ("*",)}, ValueError, "that include=.* leave"),
+        ({"blocks": "layers"}, ValueError, "blocks: 'layers' is no part of Sequential"),
+        ({"blocks": "0"}, ValueError, "blocks: '0' is a Linear"),
+        ({"calibration": []}, ValueError, "calibration: there is no calibration data"),
+        ({"calibration": torch.zeros(0, 12)}, ValueError, "calibration: there is no calibration data"),
+        ({"calibration": 3}, TypeError, "calibration: expected inputs or an iterable of batches"),
+        ({"dense_weights": {}}, ValueError, "dense_weights: '0.weight' is missing"),
+        (
+            {"dense_weights": {"0.weight": torch.zeros(3, 3)}},
+            ValueError,
+            r"dense_weights: '0.weight' has shape \(3, 3\)",
+        ),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DSnoT(mlp(), inputs(), **options)
+
+
+def test_wrong_models() -> None:
+    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+        DSnoT(inputs(), inputs())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no Linear, Conv1D or Conv2d layer"):
+        DSnoT(nn.Sequential(nn.ReLU()), inputs())
+    with pytest.raises(ValueError, match="no plain floating-point parameter"):
+        DSnoT(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 3))), inputs())
+
+
+def test_weights_in_another_memory_order_are_refused_not_missed() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3)).to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"weight of '0' is not contiguous \(channels_last\?\)"):
+        DSnoT(model, torch.rand(2, 4, 6, 6))
+
+
+def test_a_sparse_model_needs_its_dense_weights() -> None:
+    dense = mlp()
+    net = DSnoT(copy.deepcopy(dense), inputs(), sparsity=0.5)
+    sparse = net.extract({"sparsity": 0.5})
+    with pytest.raises(ValueError, match=r"weight of '0' is sparse already \(50% zeros\)"):
+        DSnoT(copy.deepcopy(sparse), inputs(), sparsity=0.5)
+    again = DSnoT(sparse, inputs(), sparsity=0.5, dense_weights=dense.state_dict())
+    assert torch.equal(again.mask("0", {"sparsity": 0.5}), net.mask("0", {"sparsity": 0.5}))
+    assert torch.equal(again(inputs()), dense(inputs()))
+
+
+class Lazy(nn.Module):
+    """A layer that only long inputs reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if len(x) > 4 else self.a(x)
+
+
+def test_a_layer_that_is_never_called() -> None:
+    model = Lazy()
+    state = copy.deepcopy(model.state_dict())
+    net = DSnoT(model, torch.randn(3, 4), sparsity=0.5)
+    with pytest.raises(ValueError, match="never calls the layer 'b' on the calibration data"):
+        net.use({"sparsity": 0.5})
+    assert net.point == DENSE
+    assert not net.stored
+    assert all(torch.equal(v, state[k]) for k, v in net.model.state_dict().items())
+    assert net.prune(torch.randn(8, 4)).use({"sparsity": 0.5}).point == Point(sparsity=0.5)
+
+
+def test_activations_that_are_not_finite_leave_the_network_dense() -> None:
+    x = inputs()
+    bad = x.clone()
+    bad[30, 0] = math.nan
+    net = DSnoT(mlp(), x, calibration=bad, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"layer '0'.*NaN or infinity"):
+        net.prune()
+    assert torch.equal(net(x), mlp()(x))
+    with pytest.raises(ValueError, match=r"point: sparsity=0\.3 is not a setting"):
+        net.use({"sparsity": 0.3})
+    with pytest.raises(ValueError, match="name: 'x' is not pruned"):
+        net.mask("x", DENSE)
+
+
+def test_refine_checks_its_arguments() -> None:
+    c = case(0)
+    start = torch.ones(5, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"norm: its shape is \(3,\); allowed: \(16,\)"):
+        refine(c["weight"], start, c["mean"], c["variance"], torch.ones(3))
+    with pytest.raises(ValueError, match="score: a pattern needs"):
+        refine(c["weight"], start, c["mean"], c["variance"], c["norm"], pattern=(2, 4))
+    with pytest.raises(ValueError, match="does not follow the pattern 2:4"):
+        refine(c["weight"], start, c["mean"], c["variance"], c["norm"], pattern=(2, 4), score=c["weight"])
+
+
+# -- the life cycle -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correction", ["none", "bias"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_saved_and_loaded(kind: str, correction: Any, tmp_path: Any) -> None:
+    x = ids()
+    net = DSnoT(decoder(kind), x, sparsity=0.6, pattern="2:4", correction=correction, refine=attention_only).prune()
+    net.use({"sparsity": 0.6})
+    save(net, tmp_path / "net")
+    other = decoder(kind)
+    for p in other.parameters():
+        p.data.normal_()
+    again = load(tmp_path / "net", model=other).eval()
+    net.eval()
+    assert isinstance(again, DSnoT)
+    assert again.point == net.point
+    assert again.report() == net.report()
+    with torch.no_grad():
+        for point in [net.point, *net.points()]:
+            assert torch.equal(net.use(point)(x).logits, again.use(point)(x).logits)
+
+
+def test_fit_trains_the_dense_network_and_prunes_it_at_the_end() -> None:
+    x = torch.randint(0, 40, (32, 8)).cumsum(1) % 40
+    net = DSnoT(decoder(), x[:2], sparsity=0.5)
+    net.use({"sparsity": 0.5})
+    made = net.mask("model.layers.0.mlp.up_proj", net.point)
+    history = fit(net, list(x.split(8)), epochs=8, lr=0.05, progress=False)
+    assert history.losses[-1] < history.losses[0]
+    assert net.point == DENSE
+    assert not torch.equal(net.mask("model.layers.0.mlp.up_proj", {"sparsity": 0.5}), made)
+    assert sum(len(part) for part in net._data) == 32  # no calibration was given, so the training data served
+    front = measure(net, [(x, x)], metric=lambda y, t: float(y.mean()), repeats=0)
+    assert front.rows[0].point == Point(sparsity=0.5)
+    assert front.rows[0].nonzero_flops < front.rows[1].nonzero_flops
+
+
+def test_a_loop_of_ones_own() -> None:
+    x = inputs()
+    y = (x.sum(1) > 8.4).long()
+    net = DSnoT(mlp(), x, sparsity=0.5)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net.loss((x, y)).backward()
+        optimizer.step()
+    net.use({"sparsity": 0.5})
+    with pytest.raises(RuntimeError, match="does not train with fixed masks"):
+        net.loss((x, y))
+    with torch.no_grad():
+        assert net.loss((x, y)).isfinite()
+    assert net.eval().loss((x, y)).isfinite()
+
+
+def test_the_loss_of_language_models() -> None:
+    net, x = DSnoT(decoder(), ids(), sparsity=0.5).eval(), ids()
+    with torch.no_grad():
+        own = net.model(input_ids=x, labels=x).loss
+        assert torch.allclose(net.loss(x), own)
+        assert torch.allclose(net.loss({"input_ids": x, "labels": x}), own)
+        assert torch.allclose(
+            net.loss((x[:, :-1], x[:, 1:])), net.model(input_ids=x, labels=x).loss
+        )  # the same tokens, predicted from the same prefixes
+        ignored = x.clone()
+        ignored[:, 5:] = -100
+        assert torch.allclose(net.loss({"input_ids": x, "labels": ignored}), net.model(x, labels=ignored).loss)
+    with pytest.raises(TypeError, match="a tensor alone is taken for token ids"):
+        DSnoT(mlp(), inputs()).loss(inputs())
+    doubled = DSnoT(mlp(), inputs(), criterion=lambda y, t: 2 * nn.functional.cross_entropy(y, t))
+    y = torch.zeros(40, dtype=torch.long)
+    assert torch.allclose(doubled.loss((inputs(), y)), 2 * DSnoT(mlp(), inputs()).loss((inputs(), y)))
+
+
+def test_calibration_in_every_form() -> None:
+    x = ids()
+    y = torch.zeros(len(x), dtype=torch.long)
+    forms: list[Any] = [
+        x,
+        {"input_ids": x},
+        {"input_ids": x, "labels": x},
+        [x[:5], x[5:]],
+        [(x, y)],
+        [{"input_ids": x[:7]}, {"input_ids": x[7:]}],
+        torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4),
+    ]
+    found = [DSnoT(decoder(), form, sparsity=0.6) for form in forms] + [
+        DSnoT(decoder(), x[:1], calibration=x, sparsity=0.6)
+    ]
+    last = found[0]._names[-1]
+    for net in found[1:]:
+        assert torch.equal(net.mask(last, {"sparsity": 0.6}), found[0].mask(last, {"sparsity": 0.6}))
+    assert len(found[0].example) == 2
+
+
+def test_copies_are_independent() -> None:
+    net = DSnoT(mlp(), inputs(), sparsity=(0.5, 0.7)).use({"sparsity": 0.5})
+    twin = copy.deepcopy(net)
+    y = net(inputs())
+    twin.use({"sparsity": 0.7})
+    assert torch.equal(net(inputs()), y)
+    assert torch.equal(net.use(DENSE)(inputs()), twin.use(DENSE)(inputs()))
+
+
+def test_pruning_keeps_flags_and_hooks() -> None:
+    net = DSnoT(decoder(), ids(), sparsity=0.5).train()
+    net.model.model.layers[1].eval()
+    flags = [m.training for m in net.modules()]
+    net.prune()
+    assert flags == [m.training for m in net.modules()][: len(flags)]
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in net.model.modules())
+    with torch.inference_mode():
+        net.use({"sparsity": 0.5})
+    net.use(DENSE).loss(ids()).backward()
+
+
+def test_sparse_storage() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    net = DSnoT(model, torch.rand(32, 64), sparsity=0.5)
+    small = net.extract({"sparsity": 0.5}, sparse=True)
+    assert "dense: 50.0% zeros" in small.layouts["0"]  # type: ignore[operator, index]
+    small = net.extract({"sparsity": 0.5}, sparse=True, min_sparsity=0.4)
+    x = torch.rand(5, 64)
+    assert torch.allclose(small(x), net.use({"sparsity": 0.5})(x), atol=1e-6)
