@@ -259,7 +259,10 @@ def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any
 
 
 # An attack moves one tensor of numbers, and filters are gated by images: those two take no inputs by name.
-@pytest.mark.parametrize("entry", [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt")], ids=lambda e: e.slug)
+_BY_NAME = [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt")]
+
+
+@pytest.mark.parametrize("entry", _BY_NAME, ids=lambda e: e.slug)
 def test_every_method_takes_inputs_by_name(entry: catalog.Entry) -> None:
     """Networks of transformers take keyword arguments: trained, measured and used like any other."""
     transformers = pytest.importorskip("transformers")
