@@ -92,6 +92,33 @@ def test_the_elastic_family_on_your_own_network(own: Path) -> None:
         assert (own / "out" / "networks" / slug).exists()
 
 
+def test_the_sparsity_family_on_your_own_network_and_what_does_not_fit_it(own: Path) -> None:
+    arguments = [
+        "compare",
+        "--model",
+        "mine:network",
+        "--data",
+        "mine:loaders",
+        "--epochs",
+        "1",
+        "--family",
+        "sparsity",
+    ]
+    result = run(*arguments, "--budget", "nonzero_flops=200", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [r["name"] for r in found["results"]] == [
+        "baseline", "RD pruning", "global magnitude", "DSnoT (no training)", "Wanda", "DSL (sparse training)",
+        "static random mask", "consensus (a training each)", "SPLoRA (frozen weights)", "torch-pruning",
+    ]  # fmt: skip
+    assert "no convolution" in found["skipped"]["ftwt"]  # a network of linear layers
+    saved = {p.name for p in (own / "out" / "networks").iterdir()}
+    assert {"rd-pruning", "rd-pruning-global", "dsnot", "structured-pruning-adapters", "dsl-sparsity=0.8"} <= saved
+    assert {"consensus-subnetwork-sparsity=0.25", "consensus-subnetwork-sparsity=0.5"} <= saved
+    again = run("compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "1", "--methods", "ftwt")
+    assert again.exit_code == 1  # asked for alone, it is an error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,7 +29,7 @@ from pliant.core.frontier import COSTS, Frontier, Row, measure
 from pliant.core.inputs import Input, split_batch, take
 from pliant.core.persistence import save
 from pliant.core.training import fit
-from pliant.recipes import DEFAULT, METHODS, RECIPES, UNSTRUCTURED, Only, Plain, Setting
+from pliant.recipes import DEFAULT, METHODS, RECIPES, UNSTRUCTURED, Joined, Only, Plain, Setting
 from pliant.tasks import Task
 
 
@@ -85,11 +85,15 @@ class Winner:
 
 @dataclass
 class Comparison:
-    """Everything that ``compare`` measured. ``networks`` holds the last seed's, by result name."""
+    """Everything that ``compare`` measured. ``networks`` holds the last seed's, by result name.
+
+    ``skipped`` tells of the methods that do not fit the network, by slug, why.
+    """
 
     task: Task
     results: list[Result] = field(default_factory=list)
     networks: dict[str, Dynamic] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def best(self, **budget: float) -> Winner:
         """Among all results: the highest validation quality within ``budget``.
@@ -131,6 +135,7 @@ class Comparison:
                 }
                 for r in self.results
             ],
+            "skipped": self.skipped,
         }
 
 
@@ -203,7 +208,13 @@ def compare(
         setting = Setting(task, base.model, full, seed, epochs, finetune, lr, note, base_seconds=taken)
         for slug in methods:
             progress(f"seed {seed}: {catalog.find(slug).name}")
-            RECIPES[slug](setting)
+            try:
+                RECIPES[slug](setting)
+            except ValueError as error:  # a method that needs convolutions, on a network without any
+                if len(methods) == 1:
+                    raise
+                done.skipped[slug] = str(error)
+                progress(f"  {slug} does not fit this network: {error}")
             if folder is not None:
                 write(done, folder)
     return done
@@ -239,12 +250,17 @@ def write(done: Comparison, folder: Path) -> None:
     temporary = folder / ".results.json.part"
     temporary.write_text(text)
     temporary.replace(folder / "results.json")
-    for net in done.networks.values():
-        inner = net.net if isinstance(net, Only) else net
-        entry = next((e for e in catalog.METHODS if e.name == type(inner).__name__), None)
-        if entry is not None and isinstance(inner, Dynamic):
-            suffix = "" if getattr(inner, "allocation", "rd") == "rd" else f"-{inner.allocation}"
-            save(inner, folder / "networks" / (entry.slug + suffix))
+    for name, net in done.networks.items():
+        if all(r.kind != "method" for r in done.results if r.name == name) and not hasattr(net, "allocation"):
+            continue
+        parts = list(net.nets) if isinstance(net, Joined) else [net]
+        for part in parts:
+            inner = part.net if isinstance(part, Only) else part
+            entry = next((e for e in catalog.METHODS if e.name == type(inner).__name__), None)
+            if entry is not None and isinstance(inner, Dynamic):
+                suffix = "" if getattr(inner, "allocation", "rd") == "rd" else f"-{inner.allocation}"
+                suffix += f"-{short_point(inner.points()[0])}" if len(parts) > 1 else ""
+                save(inner, folder / "networks" / (entry.slug + suffix))
 
 
 def write_winner(winner: Winner, folder: Path, example: Input) -> Path | None:

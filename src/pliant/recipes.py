@@ -7,7 +7,8 @@ Every recipe takes one ``Setting``: the task, the trained baseline, and what all
   each training. The separate networks are trained once, and are the opponent of the whole elastic family.
 * RD pruning and global magnitude pruning start from the same trained baseline and share every step of fine-tuning.
 * Structured pruning adapters, and torch-pruning beside them, have those same steps; the consensus sub-networks are
-  trained from scratch, once for each share that is kept, with the baseline's steps each.
+  trained from scratch, once for each share that is kept, with the baseline's steps each; DSL likewise for each density,
+  with a fixed random mask beside it. DSnoT and Wanda have no training, FTWT half of the fine-tuning for each mass.
 * JEI-DNN and the confidence threshold use the same frozen baseline and the same heads' training data.
 """
 
@@ -16,9 +17,9 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,15 +179,64 @@ def _consensus(s: Setting) -> None:
     from pliant.sparsity.consensus import Consensus
 
     start = time.perf_counter()
-    nets: dict[float, Plain] = {}
+    nets = []
     for keep in KEEP:
         try:
             net = Consensus(s.task.model(s.seed), s.task.example, keep=keep, seed=s.seed)
         except ValueError:  # no residual branch in it
             net = Consensus(s.task.model(s.seed), s.task.example, granularity="channel", keep=keep, seed=s.seed)
-        s.fit(net)
-        nets[keep] = Plain(net.extract(net.points()[0], force=True), s.task.example)
-    s.done("consensus (a training each)", "method", "consensus-subnetwork", Several(nets), start)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that gates disagree: what is measured is what is cut out
+            s.fit(net)
+        nets.append(Only(net, "sparsity"))
+    s.done("consensus (a training each)", "method", "consensus-subnetwork", Joined(nets), start)
+
+
+def _dsnot(s: Setting) -> None:
+    """Masks alone, of Wanda and refined, without a step of training; calibrated on 512 training samples."""
+    from pliant.sparsity.dsnot import DSnoT
+
+    x = [split_batch(batch)[0] for batch, _ in zip(s.task.train, range(8), strict=False)]
+    arms: tuple[tuple[str, report.Kind, int], ...] = (("DSnoT (no training)", "method", 50), ("Wanda", "opponent", 0))
+    for name, kind, cycles in arms:
+        start = time.perf_counter()
+        net = DSnoT(copy.deepcopy(s.base), s.task.example, calibration=x, sparsity=(0.3, 0.5, 0.7), cycles=cycles)
+        s.done(name, kind, "dsnot", Only(net.prune(), "sparsity"), start)
+
+
+def _dsl(s: Setting) -> None:
+    """Sparse from the first step to the last, once for each density, with the baseline's steps; a fixed mask beside."""
+    from pliant.sparsity.sparse_learning import SparseLearning
+
+    for name, kind, explore in (("DSL (sparse training)", "method", True), ("static random mask", "opponent", False)):
+        start = time.perf_counter()
+        nets = []
+        for sparsity in SPARSITY[:3]:
+            net = SparseLearning(
+                s.task.model(s.seed),
+                s.task.example,
+                density=1 - sparsity,
+                update_every=50,
+                explore=explore,
+                seed=s.seed,
+            )
+            s.fit(net)
+            nets.append(net)
+        s.done(name, cast(report.Kind, kind), "dsl", Joined(nets), start)
+
+
+def _ftwt(s: Setting) -> None:
+    """Heads on the trained baseline, once for each share of the mass, with pruning's steps of fine-tuning each."""
+    from pliant.sparsity.ftwt import FTWT
+
+    start = time.perf_counter()
+    nets = []
+    for mass in (0.95, 0.9, 0.8):
+        net = FTWT(copy.deepcopy(s.base), s.task.example, mass=mass, seed=s.seed)
+        s.fit(net, epochs=max(2, s.finetune * len(SPARSITY) // 2), lr=0.02, lr_schedule="cosine")
+        net.tune(take(split_batch(next(iter(s.task.train)))[0], slice(0, 64)))  # layer by layer what is fastest here
+        nets.append(Only(net, "mass"))
+    s.done("FTWT (filters per sample)", "method", "ftwt", Joined(nets), start)
 
 
 def _adapters(s: Setting) -> None:
@@ -255,11 +305,18 @@ RECIPES: dict[str, Callable[[Setting], None]] = {
     "sn-net": _sn_net,
     "self-expanding": _self_expanding,
     "proard": _proard,
+    "dsnot": _dsnot,
+    "dsl": _dsl,
+    "ftwt": _ftwt,
     "consensus-subnetwork": _consensus,
     "structured-pruning-adapters": _adapters,
 }
 METHODS = tuple(RECIPES)
-UNSTRUCTURED = ("rd-pruning",)  # single zeros: their place on the chart is by the FLOPs on weights that are not zero
+UNSTRUCTURED = (
+    "rd-pruning",
+    "dsnot",
+    "dsl",
+)  # single zeros: their place on the chart is by the FLOPs on weights that are not zero
 DEFAULT = ("sortednet", "rd-pruning", "jei-dnn")  # what runs in a few minutes when nothing is asked for
 
 
@@ -355,6 +412,43 @@ class Only(Dynamic):
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
         """The network's own."""
         return self.net.extract(self._known(point))
+
+
+class Joined(Dynamic):
+    """Networks that were trained one for each setting, behind one dial: the points of all of them."""
+
+    def __init__(self, nets: Sequence[Dynamic]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self._places = {point: i for i, net in enumerate(nets) for point in net.points()}
+        self.point = next(reversed(self._places))
+
+    def _at(self, point: Mapping[str, Value]) -> Dynamic:
+        net = self.nets[self._places[self._known(point)]]
+        assert isinstance(net, Dynamic)
+        return net
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the network in use."""
+        return self._at(self.point)(*args, **kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of the network in use; each was trained on its own."""
+        return self._at(self.point).loss(batch)
+
+    def points(self) -> list[Point]:
+        """Those of all networks."""
+        return list(self._places)
+
+    def use(self, point: Mapping[str, Value]) -> Joined:
+        """Turn to the network that has ``point``, and its dial to it."""
+        super().use(point)
+        self._at(self.point).use(self.point)
+        return self
+
+    def extract(self, point: Mapping[str, Value]) -> nn.Module:
+        """The plain network of ``point``."""
+        return self._at(point).extract(self._known(point))
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
