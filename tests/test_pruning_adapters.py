@@ -396,6 +396,15 @@ def test_11_scores_by_hand() -> None:
     assert torch.allclose(net.score_layers([(x, y)], "lrp")["0"], expected / expected.sum(), rtol=1e-4)
 
 
+def test_11_layers_in_front_of_all_that_learns_are_scored_too() -> None:
+    net, (x, y) = adapted(targets=("stages.1.*",), head=("head",)), batch()
+    net.train()
+    net.loss((x, y)).backward()
+    assert set(net.score_layers()) == set(net.score_layers([(x, y)])) == set(net._scored())
+    assert "stem.0" in net._scored()
+    assert net.prune(0.3) > 0
+
+
 def test_11_training_sums_up_the_scores_of_the_last_epoch() -> None:
     net, x, y = mlp(rank=2, init_range=0.5)
     net.train()  # no norm and no dropout: training and evaluation agree

@@ -1068,9 +1068,12 @@ def _adding(factors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     return hook
 
 
-def _noting(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        outputs[name] = output
+def _noting(outputs: dict[str, Tensor], name: str) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # In front of everything that learns no gradient would come back, but channels are scored there as well.
+        value = output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+        outputs[name] = value
+        return value
 
     return hook
 
