@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from pliant.core.dynamic import NotStaticError, Point
 from pliant.core.experts import balance_loss
 from pliant.core.frontier import measure
+from pliant.core.persistence import load, save
 from pliant.core.training import fit
 from pliant.routing.dynamic_dino import GROUNDING_DINO, DynamicDINO, MoEFFN, find_sites
 
@@ -398,12 +399,11 @@ def test_fit_measures_saves_and_dropout_is_that_of_the_dense_network(tmp_path: A
     n.eval()
     front = measure(n, [(x, y)], repeats=0)
     assert {r.point for r in front} == set(n.points())
-    assert n.tune(32, repeats=3)["blocks.0.fc1"]["loop"] == 1.0
-    torch.save(n.state_dict(), tmp_path / "s.pt")
-    other = net(copies=2).eval()
-    other.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True))
+    save(n, tmp_path / "net")
+    other = load(tmp_path / "net", model=Net(), example=x[:4]).eval()
     for point in n.points():
-        assert torch.allclose(other.use(point)(x), n.use(point)(x), atol=1e-5)
+        assert torch.equal(other.use(point)(x), n.use(point)(x))
+    assert n.tune(32, repeats=3)["blocks.0.fc1"]["loop"] == 1.0  # another way to run may differ in the last bit
     config = n.config()
     assert (config["split"], config["copies"], config["train"]) == (2, 2, None)
 

@@ -579,7 +579,7 @@ class DynamicDINO(Dynamic):
         return found
 
     def tune(self, tokens: int, repeats: int = 7) -> dict[str, dict[str, float]]:
-        """Time the ways to run experts on so many tokens, and keep the fastest of each mixture; see ``Experts.tune``."""
+        """Time the ways to run experts on so many tokens and keep the fastest of each; see ``Experts.tune``."""
         return {
             s.name: m.experts.tune(tokens, self.split, repeats)
             for s, m in zip(self.sites, self.mixtures(), strict=True)
