@@ -236,8 +236,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {"consensus-subnetwork": {"granularity": "
 _OPTIONS_BY_NAME = _OPTIONS | {"structured-pruning-adapters": {"targets": ("*layer*",)}}
 
 
-# These two need experts, or feed-forward networks to make some of; their own tests save and load them.
-_ANY_MODEL = [e for e in catalog.METHODS if e.slug not in ("alf-lb", "dynamic-dino")]
+# These need experts, feed-forward networks or a language model; their own tests save and load them.
+_ANY_MODEL = [e for e in catalog.METHODS if e.slug not in ("alf-lb", "dynamic-dino", "duo-llm")]
 
 
 @pytest.mark.parametrize("entry", _ANY_MODEL, ids=lambda e: e.slug)
@@ -262,8 +262,8 @@ def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any
             assert torch.equal(net.use(point)(x), again.use(point)(x)), point
 
 
-# An attack moves one tensor of numbers, filters are gated by images, and a balancer needs experts.
-_BY_NAME = [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt", "alf-lb")]
+# An attack moves one tensor of numbers, filters are gated by images; a balancer needs experts, Duo-LLM a language model.
+_BY_NAME = [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt", "alf-lb", "duo-llm")]
 
 
 @pytest.mark.parametrize("entry", _BY_NAME, ids=lambda e: e.slug)

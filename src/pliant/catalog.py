@@ -174,6 +174,18 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="duo-llm",
+        path="pliant.routing.duo_llm:DuoLLM",
+        title="Duo-LLM: a framework for studying adaptive computation in large language models",
+        year=2024,
+        arxiv="2410.10846",
+        what="a big, a small or no feed-forward network",
+        by="random paths, an oracle, learned routers",
+        when="per token and layer",
+        task="language",
+        extra="language",
+    ),
+    Entry(
         slug="alf-lb",
         path="pliant.routing.loss_free_balancing:LossFreeBalancer",
         title="A theoretical framework for auxiliary-loss-free load balancing of sparse mixture-of-experts",

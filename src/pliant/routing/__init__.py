@@ -1,7 +1,8 @@
 """Which computation runs: methods that choose, input by input, what is executed."""
 
 from pliant.routing.dynamic_dino import DynamicDINO
+from pliant.routing.duo_llm import DuoLLM
 from pliant.routing.jei_dnn import JEIDNN, ThresholdExit
 from pliant.routing.loss_free_balancing import LossFreeBalancer, MoE, Router
 
-__all__ = ["JEIDNN", "DynamicDINO", "LossFreeBalancer", "MoE", "Router", "ThresholdExit"]
+__all__ = ["JEIDNN", "DuoLLM", "DynamicDINO", "LossFreeBalancer", "MoE", "Router", "ThresholdExit"]
