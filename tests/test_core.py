@@ -262,7 +262,7 @@ def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any
             assert torch.equal(net.use(point)(x), again.use(point)(x)), point
 
 
-# An attack moves one tensor of numbers, filters are gated by images; a balancer needs experts, Duo-LLM a language model.
+# An attack moves one tensor of numbers, filters are gated by images, the others need experts or a language model.
 _BY_NAME = [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt", "alf-lb", "duo-llm")]
 
 

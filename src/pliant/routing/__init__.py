@@ -1,7 +1,7 @@
 """Which computation runs: methods that choose, input by input, what is executed."""
 
-from pliant.routing.dynamic_dino import DynamicDINO
 from pliant.routing.duo_llm import DuoLLM
+from pliant.routing.dynamic_dino import DynamicDINO
 from pliant.routing.jei_dnn import JEIDNN, ThresholdExit
 from pliant.routing.loss_free_balancing import LossFreeBalancer, MoE, Router
 
