@@ -197,17 +197,6 @@ METHODS = (
         task="language",
     ),
     Entry(
-        slug="dynamic-dino",
-        path="pliant.routing.dynamic_dino:DynamicDINO",
-        title="Dynamic-DINO: fine-grained mixture of experts tuning for real-time open-vocabulary object detection",
-        year=2025,
-        arxiv="2507.17436",
-        what="which slices of a trained feed-forward network process a token",
-        by="a router that starts so that nothing changes",
-        when="per token",
-        task="detection",
-    ),
-    Entry(
         slug="weight-compander",
         path="pliant.weights.weight_compander:WeightCompander",
         title="Weight Compander: a simple weight reparameterization for regularization",
