@@ -237,7 +237,7 @@ _OPTIONS_BY_NAME = _OPTIONS | {"structured-pruning-adapters": {"targets": ("*lay
 
 
 # These need experts, feed-forward networks or a language model; their own tests save and load them.
-_ANY_MODEL = [e for e in catalog.METHODS if e.slug not in ("alf-lb", "dynamic-dino", "duo-llm")]
+_ANY_MODEL = [e for e in catalog.METHODS if e.slug not in ("alf-lb", "dynamic-dino", "duo-llm", "code-completion-exit")]
 
 
 @pytest.mark.parametrize("entry", _ANY_MODEL, ids=lambda e: e.slug)
@@ -263,7 +263,7 @@ def test_every_method_survives_save_and_load(entry: catalog.Entry, tmp_path: Any
 
 
 # An attack moves one tensor of numbers, filters are gated by images, the others need experts or a language model.
-_BY_NAME = [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt", "alf-lb", "duo-llm")]
+_BY_NAME = [e for e in catalog.METHODS if e.slug not in ("proard", "ftwt", "alf-lb", "duo-llm", "code-completion-exit")]
 
 
 @pytest.mark.parametrize("entry", _BY_NAME, ids=lambda e: e.slug)

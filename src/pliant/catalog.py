@@ -174,6 +174,19 @@ METHODS = (
         task="images",
     ),
     Entry(
+        slug="code-completion-exit",
+        path="pliant.routing.stop_exit:StopExit",
+        title="When neural code completion models size up the situation: cheaper and faster completion through dynamic "
+        "model inference",
+        year=2024,
+        arxiv="2401.09964",
+        what="depth of each generated token, and the length of the completion",
+        by="one linear controller shared by all blocks, with two thresholds",
+        when="per token",
+        task="language",
+        extra="language",
+    ),
+    Entry(
         slug="duo-llm",
         path="pliant.routing.duo_llm:DuoLLM",
         title="Duo-LLM: a framework for studying adaptive computation in large language models",
@@ -184,6 +197,17 @@ METHODS = (
         when="per token and layer",
         task="language",
         extra="language",
+    ),
+    Entry(
+        slug="dynamic-dino",
+        path="pliant.routing.dynamic_dino:DynamicDINO",
+        title="Dynamic-DINO: fine-grained mixture of experts tuning for real-time open-vocabulary object detection",
+        year=2025,
+        arxiv="2507.17436",
+        what="which slices of a trained feed-forward network process a token",
+        by="a router that starts so that nothing changes",
+        when="per token",
+        task="detection",
     ),
     Entry(
         slug="alf-lb",

@@ -4,5 +4,6 @@ from pliant.routing.duo_llm import DuoLLM
 from pliant.routing.dynamic_dino import DynamicDINO
 from pliant.routing.jei_dnn import JEIDNN, ThresholdExit
 from pliant.routing.loss_free_balancing import LossFreeBalancer, MoE, Router
+from pliant.routing.stop_exit import StopExit
 
-__all__ = ["JEIDNN", "DuoLLM", "DynamicDINO", "LossFreeBalancer", "MoE", "Router", "ThresholdExit"]
+__all__ = ["JEIDNN", "DuoLLM", "DynamicDINO", "LossFreeBalancer", "MoE", "Router", "StopExit", "ThresholdExit"]
