@@ -157,7 +157,7 @@ def test_4_any_selection_of_each_slice_once_is_the_dense_network(order: list[int
     assert (moe.experts(x, chosen, ones) - dense(x)).abs().max() > 1e-6
 
 
-def detector() -> tuple[nn.Module, dict[str, Tensor]]:
+def detector(kind: str = "GroundingDino") -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     backbone = transformers.SwinConfig(
@@ -168,7 +168,7 @@ def detector() -> tuple[nn.Module, dict[str, Tensor]]:
         vocab_size=1030, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=37,
         max_position_embeddings=64,
     )  # fmt: skip
-    config = transformers.GroundingDinoConfig(
+    config = getattr(transformers, f"{kind}Config")(
         backbone_config=backbone, text_config=text, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=64,
         decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=12,
         num_feature_levels=4, disable_custom_kernels=True,
@@ -181,12 +181,13 @@ def detector() -> tuple[nn.Module, dict[str, Tensor]]:
         "attention_mask": torch.ones_like(ids),
         "token_type_ids": torch.zeros_like(ids),
     }
-    return transformers.GroundingDinoForObjectDetection(config).eval(), x
+    return getattr(transformers, f"{kind}ForObjectDetection")(config).eval(), x
 
 
+@pytest.mark.parametrize("kind", ["GroundingDino", "MMGroundingDino"])
 @torch.no_grad()
-def test_5_and_7_a_grounding_dino_detects_the_same_and_only_the_named_parts_learn() -> None:
-    model, x = detector()
+def test_5_and_7_a_grounding_dino_detects_the_same_and_only_the_named_parts_learn(kind: str) -> None:
+    model, x = detector(kind)
     before = model(**x)
     net = DynamicDINO(model, x, targets=("model.decoder.layers.*",), train=GROUNDING_DINO).eval()
     assert [s.name for s in net.sites] == ["model.decoder.layers.0.fc1", "model.decoder.layers.1.fc1"]
@@ -206,7 +207,7 @@ def test_5_and_7_a_grounding_dino_detects_the_same_and_only_the_named_parts_lear
     plain = net.extract(Point(copy=5))
     assert type(plain) is type(model)
     assert torch.equal(plain(**x).pred_boxes, before.pred_boxes)
-    assert set(plain.state_dict()) == set(detector()[0].state_dict())
+    assert set(plain.state_dict()) == set(detector(kind)[0].state_dict())
 
 
 @given(st.integers(1, 3), st.sampled_from([1, 2, 4]))
