@@ -54,6 +54,7 @@ import math
 import os
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -97,12 +98,12 @@ FORMAT = 1
 # -- the adapters ---------------------------------------------------------------------------------------------------
 
 
-class _Adapter(nn.Module):
-    """A change dW (n_out, n_in) as a product of factors, the last one first applied to x."""
+class _Adapter(nn.Module, ABC):
+    """A change dW (n_out, n_in) as a product of factors, which are applied one after the other."""
 
+    @abstractmethod
     def factors(self) -> tuple[Tensor, ...]:
         """Matrices in the order in which they are applied: dW x = f_n (... (f_1 x))."""
-        raise NotImplementedError
 
     def delta(self) -> Tensor:
         """The whole change (n_out, n_in)."""
@@ -111,9 +112,9 @@ class _Adapter(nn.Module):
             first = factor @ first
         return first
 
+    @abstractmethod
     def cut(self, out: Tensor, inp: Tensor) -> None:
         """Leave these outputs and inputs only, in place."""
-        raise NotImplementedError
 
 
 class SPLoRA(_Adapter):
