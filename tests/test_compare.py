@@ -195,9 +195,23 @@ def test_evidence_is_written_by_the_run(tmp_path: Path, monkeypatch: pytest.Monk
     assert json.loads((tmp_path / "sortednet.json").read_text()) == found
     assert found["seeds"] == 2
     assert {"machine", "versions", "commit", "date", "seconds"} <= set(found)
+    assert not (tmp_path / "sortednet.png").exists()
+    drawn = []
+    monkeypatch.setattr(sortednet, "plot", lambda evidence, path: drawn.append((evidence, path)), raising=False)
+    found = reproduce("sortednet", folder=tmp_path)
+    assert drawn == [(found, tmp_path / "sortednet.png")]
     answer["verdict"] = "wonderful"
     with pytest.raises(ValueError, match="verdict"):
         reproduce("sortednet", folder=tmp_path)
+
+
+def test_the_regret_of_the_balancer_is_drawn_from_its_evidence(tmp_path: Path) -> None:
+    from pliant.reproduce import alf_lb
+
+    evidence = json.loads((Path(__file__).parents[1] / "evidence" / "alf-lb.json").read_text())
+    alf_lb.plot(evidence, tmp_path / "regret.png")
+    assert (tmp_path / "regret.png").stat().st_size > 10_000
+    assert [p.name for p in tmp_path.iterdir()] == ["regret.png"]
 
 
 def test_tasks() -> None:

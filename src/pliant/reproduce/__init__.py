@@ -59,6 +59,8 @@ def reproduce(
         temporary = target.with_suffix(".part")
         temporary.write_text(json.dumps(evidence, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(target)
+        if hasattr(experiment, "plot"):  # a figure of what the table cannot show
+            experiment.plot(evidence, target.with_suffix(".png"))
     return evidence
 
 

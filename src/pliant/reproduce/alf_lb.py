@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant import report
 from pliant.core.inputs import logits
 from pliant.core.training import fit
 from pliant.reproduce.common import check, verdict
@@ -309,3 +311,35 @@ def _checks(
         check("constant step: each doubling adds twice", growth("constant"), least=1.75, most=2.25),
         check("constant u: each doubling adds twice", growth("sign"), least=1.75, most=2.25),
     ]
+
+
+def plot(evidence: Mapping[str, Any], path: Path) -> None:
+    """Cumulative regret against steps for the four step rules, both axes logarithmic: straight is a power of n."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.6), dpi=130)
+    for colour, (rule, curve) in zip(report.COLOURS, evidence["regret"].items(), strict=False):
+        axes.plot(curve["n"], curve["regret"], color=colour, linewidth=2, marker="o", markersize=5)
+        axes.annotate(
+            rule, (curve["n"][-1], curve["regret"][-1]), xytext=(7, -3), textcoords="offset points", color=colour,
+            fontsize=9.5,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.margins(x=0.16)
+    axes.grid(color=report.GRID, linewidth=0.8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlabel("steps n")
+    axes.set_ylabel("regret, sum of F(p) - F(p*)")
+    axes.set_title(
+        f"Regret by step rule: exact dual function, mean of {RUNS} runs", loc="left", fontsize=11, fontweight="bold"
+    )
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}.part.png")
+    figure.savefig(temporary)
+    temporary.replace(path)
+    pyplot.close(figure)
