@@ -17,8 +17,8 @@ import pliant.core.persistence as persistence
 import pliant.routing.duo_llm as duo_llm
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import NotStaticError, Point
-from pliant.core.frontier import measure
-from pliant.core.inputs import logits
+from pliant.core.frontier import measure, next_token_accuracy
+from pliant.core.inputs import logits, next_token_loss
 from pliant.core.training import fit
 from pliant.routing.duo_llm import (
     BIG,
@@ -30,8 +30,6 @@ from pliant.routing.duo_llm import (
     Oracle,
     aligned,
     budget_loss,
-    next_token_accuracy,
-    next_token_loss,
     small_ffn,
 )
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import NotStaticError, Point
-from pliant.core.frontier import measure
+from pliant.core.frontier import measure, next_token_accuracy
 from pliant.core.persistence import load, save
 from pliant.core.rows import block_rows
 from pliant.core.training import fit
@@ -34,7 +34,6 @@ from pliant.routing.stop_exit import (
     controller_loss,
     decide,
     exit_labels,
-    next_token_accuracy,
     rouge_l,
     taus_of,
     weighted_mean,

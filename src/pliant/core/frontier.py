@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pliant.core.cost import count_bytes, count_flops, count_parameters, latency_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point
 from pliant.core.inputs import (
+    IGNORED,
     Batch,
     call,
     device_of,
@@ -30,6 +31,12 @@ COSTS = ("flops", "nonzero_flops", "parameters", "bytes", "latency")
 def accuracy(output: Tensor, target: Tensor) -> float:
     """Share of rows whose largest logit (B, C, ...) stands at the target class (B, ...)."""
     return (output.argmax(1) == target).float().mean().item()
+
+
+def next_token_accuracy(output: Tensor, target: Tensor) -> float:
+    """Share of tokens (B, T) whose logits (B, T, V) are largest at them; -100 does not count."""
+    counted = target != IGNORED
+    return (output.argmax(-1) == target)[counted].float().mean().item()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 Input = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 Batch = tuple[Any, Any] | Sequence[Any] | Mapping[str, Any]
 Criterion = Callable[[Tensor, Any], Tensor]
+IGNORED = -100  # a target that does not count, as in transformers
 
 
 def call(model: nn.Module, x: Input) -> Any:
@@ -143,6 +144,12 @@ def cross_entropy(output: Tensor, target: Tensor, label_smoothing: float = 0.0) 
             f"target: labels run from {low} to {high}, but the model has {classes} outputs; "
             f"labels must be in 0..{classes - 1}"
         ) from None
+
+
+def next_token_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean cross entropy of logits (B, T, V) against tokens (B, T), -100 ignored; in float32 at least."""
+    y = output if output.dtype is torch.float64 else output.float()
+    return F.cross_entropy(y.flatten(0, -2), target.flatten(), ignore_index=IGNORED)
 
 
 @contextmanager

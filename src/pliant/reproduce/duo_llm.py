@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Point
-from pliant.core.inputs import logits
+from pliant.core.inputs import logits, next_token_loss
 from pliant.reproduce.common import check, verdict
-from pliant.routing.duo_llm import BIG, DuoLLM, Oracle, aligned, next_token_loss
+from pliant.routing.duo_llm import BIG, DuoLLM, Oracle, aligned
 from pliant.tasks import language
 
 STEPS, ROUTER_STEPS, BATCH, LENGTH, RATE = 800, 300, 16, 96, 3e-3

@@ -67,6 +67,7 @@ from pliant.core.cost import count_flops
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.gates import entropy
 from pliant.core.inputs import (
+    IGNORED,
     Batch,
     Input,
     call,
@@ -75,6 +76,7 @@ from pliant.core.inputs import (
     evaluating,
     first_tensor,
     logits,
+    next_token_loss,
     packed,
     removing,
     split_batch,
@@ -89,7 +91,6 @@ Decision = Literal["argmax", "sample"]
 Context = Literal["all_big", "own", "shared"]
 Method = Literal["tree", "brute"]
 Match = str | Sequence[str] | Callable[[str, nn.Module], bool]
-_IGNORED = -100
 _STD = 0.02
 _TIE = 1e-6  # losses closer than this are equal; the path of fewest big layers, then the first, wins
 _LEAVES = 1 << 24  # floats of states, and of logits, at once
@@ -679,7 +680,7 @@ class DuoLLM(Dynamic):
         total, count = 0.0, 0
         for batch in batches:
             x, target = aligned(to_device(batch, device_of(self)))
-            tokens = int((target != _IGNORED).sum())
+            tokens = int((target != IGNORED).sum())
             total += next_token_loss(logits(self.run(x, choices)), target).item() * tokens
             count += tokens
         return total / count
@@ -815,7 +816,7 @@ def aligned(batch: Batch | Tensor) -> tuple[Any, Tensor]:
     """
     if isinstance(batch, Tensor | Mapping):
         x, labels = (batch, batch) if isinstance(batch, Tensor) else split_batch(batch)
-        target = F.pad(labels[:, 1:], (0, 1), value=_IGNORED)
+        target = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     else:
         x, target = split_batch(batch)
     if not isinstance(target, Tensor) or target.shape != first_tensor(x).shape[:2]:
@@ -823,21 +824,9 @@ def aligned(batch: Batch | Tensor) -> tuple[Any, Tensor]:
         raise ValueError(
             f"batch: targets of shape {got} for ids {tuple(first_tensor(x).shape)}; allowed: one per token"
         )
-    if not bool((target != _IGNORED).any()):
+    if not bool((target != IGNORED).any()):
         raise ValueError(f"batch: no token of {tuple(target.shape)} has a target to predict")
     return x, target
-
-
-def next_token_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy of logits (B, T, V) against targets (B, T), -100 ignored; in float32 at least."""
-    y = output if output.dtype is torch.float64 else output.float()
-    return F.cross_entropy(y.flatten(0, 1), target.flatten(), ignore_index=_IGNORED)
-
-
-def next_token_accuracy(output: Tensor, target: Tensor) -> float:
-    """Share of targets (B, T) that are the largest logit of (B, T, V); -100 ignored. A metric for ``measure``."""
-    counted = target != _IGNORED
-    return (output.argmax(-1) == target)[counted].float().mean().item()
 
 
 def budget_loss(share: Tensor, budget: float) -> Tensor:

@@ -61,11 +61,10 @@ from torch.nn import functional as F
 
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
-from pliant.core.inputs import Batch, device_of, logits, split_batch, take, to_device
+from pliant.core.inputs import IGNORED, Batch, device_of, logits, next_token_loss, split_batch, take, to_device
 from pliant.core.rows import hidden_of
 
 STOP, EXIT, CONTINUE = 0, 1, 2
-IGNORED = -100
 GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # the thresholds that the paper's code tries
 _HEADS, _CONTROLLER = 0, 1
 
@@ -389,12 +388,6 @@ def rouge_l(candidate: Tensor, reference: Tensor, lengths: Tensor | None = None)
         row = F.pad(reach.cummax(1).values, (1, 0))
     common = row[:, -1].double()
     return 2 * common / (counted + m).clamp_min(1)
-
-
-def next_token_accuracy(output: Tensor, target: Tensor) -> float:
-    """Share of tokens (B, T) whose logits (B, T, V) are largest at them; -100 does not count. For ``measure``."""
-    counted = target != IGNORED
-    return (output.argmax(-1) == target)[counted].float().mean().item()
 
 
 # -- who decides ----------------------------------------------------------------------------------------------------
@@ -877,7 +870,7 @@ class StopExit(Dynamic):
         if self.phase == "heads":
             trained = (*self.heads, self.layers - 1) if self.train_final else self.heads
             states = self._trace(ids, mask, set(trained))
-            ce = [_next_token_loss(self.read(i, states[i]), target) for i in trained]
+            ce = [next_token_loss(self.read(i, states[i]), target) for i in trained]
             return torch.stack(ce).sum()
         states = self._trace(ids, mask, {*self.heads, self.layers - 1})
         return self._controller_loss(states, self._labels(states, target))
@@ -1220,10 +1213,6 @@ class _Decoding:
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
-
-
-def _next_token_loss(z: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(z.flatten(0, -2), target.flatten(), ignore_index=IGNORED)
 
 
 def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
