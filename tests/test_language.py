@@ -258,3 +258,18 @@ def test_babyllama_tells_a_story() -> None:
     nonsense = "".join(story[i] for i in torch.randperm(len(story)).tolist())
     likely, unlikely = (language.perplexity(model, torch.tensor([tokenizer.encode(t)])) for t in (story, nonsense))
     assert likely < 3.0 < 10.0 < unlikely
+
+
+def test_stories_are_drawn_from_the_model_and_by_the_seed() -> None:
+    model = language.small_decoder("llama", 16, 32, 1, 2, 12).eval()
+    told = language.stories(model, 3, 8, seed=0)
+    assert told.shape == (3, 8)
+    assert (told[:, 0] == 1).all()
+    assert torch.equal(told, language.stories(model, 3, 8, seed=0))
+    assert not torch.equal(told, language.stories(model, 3, 8, seed=1))
+    with torch.no_grad():  # one token at a time, without a cache: the same draws
+        rng, ids = torch.Generator().manual_seed(0), torch.ones(3, 1, dtype=torch.long)
+        for _ in range(7):
+            p = model(ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=rng)], 1)
+    assert torch.equal(told, ids)

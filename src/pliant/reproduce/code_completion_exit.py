@@ -327,20 +327,6 @@ def _mean(found: Iterable[dict[str, Any]], keys: tuple[str, ...]) -> Rows:
 # -- a trained network ---------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _stories(model: nn.Module, rows: int, length: int, seed: int) -> Tensor:
-    """Texts (rows, length) drawn from the model's own distribution."""
-    rng = torch.Generator().manual_seed(seed)
-    ids = torch.ones(rows, 1, dtype=torch.long)
-    cache, new = None, ids
-    while ids.shape[1] < length:
-        found = model(new, cache=cache, use_cache=True)
-        cache = found.cache
-        new = torch.multinomial(found.logits[:, -1].softmax(-1), 1, generator=rng)
-        ids = torch.cat((ids, new), 1)
-    return ids
-
-
 def real(progress: Callable[[str], None] = print, seed: int = 0) -> tuple[Rows, list[str]]:
     """The story teller, heads on 4 of 5 blocks, trained on stories of its own; the same methods and metrics."""
     try:
@@ -348,7 +334,7 @@ def real(progress: Callable[[str], None] = print, seed: int = 0) -> tuple[Rows, 
     except FileNotFoundError as error:
         return [], [f"babyllama was left out: {error}"]
     length = 96
-    told = _stories(model, 400, length, seed)
+    told = language.stories(model, 400, length, seed)
     train, test = told[:200], told[200:]
     net = _attach(model, train, seed, (1e-2, 1e-1), eos_token_id=2, head_norm="ln_f")
     curves = _curves(net, test[:, :48], test[:, 48 : 48 + NEW])

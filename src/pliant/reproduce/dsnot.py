@@ -195,25 +195,11 @@ def _perplexities(
     return rows
 
 
-@torch.no_grad()
-def _stories(model: nn.Module, rows: int, length: int, seed: int) -> Tensor:
-    """Texts (rows, length) that the model tells, drawn from its own distribution."""
-    rng = torch.Generator().manual_seed(seed)
-    ids = torch.ones(rows, 1, dtype=torch.long)
-    cache, new = None, ids
-    while ids.shape[1] < length:
-        found = model(new, cache=cache, use_cache=True)
-        cache = found.cache
-        new = torch.multinomial(found.logits[:, -1].softmax(-1), 1, generator=rng)
-        ids = torch.cat([ids, new], 1)
-    return ids
-
-
 def babyllama(draws: int = 3, progress: Callable[[str], None] = print) -> Rows:
     """The story teller: on stories of its own, and on Shakespeare in its 105 characters, which it never saw."""
     model, tokenizer = language.babyllama()
     length = 256
-    told = _stories(model, 32 * draws + 32, length, 0)
+    told = language.stories(model, 32 * draws + 32, length, 0)
     plain = " ".join(language.text("tinyshakespeare").split())
     ids = torch.tensor([i for i in tokenizer.encode(plain, start=False) if i])
     cut = 9 * len(ids) // 10

@@ -56,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -589,7 +590,7 @@ class Consensus(Dynamic):
         if not self._passing.ran:
             raise RuntimeError("regularizer: no forward has run the gates yet; call the network on a batch first")
         parts, rows = [], 0
-        for i, (a, b) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(self._bounds)):
             g = self._passing.gates.get(i)
             if g is None:  # all of them are fixed
                 parts.append(self.frozen[a:b].float())
@@ -601,7 +602,7 @@ class Consensus(Dynamic):
         total = torch.cat(parts)
         live = torch.cat([
             torch.full((b - a,), i in self._passing.gates, device=total.device)
-            for i, (a, b) in enumerate(zip(self._bounds, self._bounds[1:], strict=False))
+            for i, (a, b) in enumerate(pairwise(self._bounds))
         ])  # fmt: skip
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             world = torch.distributed.get_world_size()
@@ -835,7 +836,7 @@ class Consensus(Dynamic):
             for x in inputs_of(data):
                 n = rows_of(x)
                 self._run_gated(to_device(x, device))
-                for i, (a, b) in enumerate(zip(self._bounds, self._bounds[1:], strict=False)):
+                for i, (a, b) in enumerate(pairwise(self._bounds)):
                     g = self._passing.gates.get(i)
                     total[a:b] += n * self.frozen[a:b].double() if g is None else g.double().sum(0)
                 rows += n
@@ -899,7 +900,7 @@ class Consensus(Dynamic):
     def _kept_channels(self) -> dict[str, set[int]]:
         """The channels of each group that stay: those of open gates, or one that nothing reads (``_shut_columns``)."""
         found = {}
-        for r, a, b in zip(self._channels, self._bounds, self._bounds[1:], strict=False):
+        for r, (a, b) in zip(self._channels, pairwise(self._bounds), strict=True):
             open_ = (self.means[a:b] >= 0.5).nonzero().flatten().tolist()
             found[r.group.name] = set(open_) or {0}
         return found
@@ -909,7 +910,7 @@ class Consensus(Dynamic):
         assert self.slicing is not None
         shut = [
             r
-            for r, a, b in zip(self._channels, self._bounds, self._bounds[1:], strict=False)
+            for r, (a, b) in zip(self._channels, pairwise(self._bounds), strict=True)
             if not bool((self.means[a:b] >= 0.5).any())
         ]
         if not shut:
@@ -934,7 +935,7 @@ class Consensus(Dynamic):
         x = to_device(take(self.example, slice(0, 1)), device_of(self.model))
         plain = self.extract(self.points()[0], force=True)
         names = [b.name for b in self.branches] or [r.writer for r in self._channels]
-        spans = zip(names, self._bounds, self._bounds[1:], strict=False)
+        spans = zip(names, pairwise(self._bounds), strict=True)
         return Report(
             kept=float(self.kept_share(chosen)),
             agreement=float(self.agreement),
@@ -943,7 +944,7 @@ class Consensus(Dynamic):
             frozen=int((self.frozen >= 0).sum()),
             flops=flops_per_sample(plain, x).total / flops_per_sample(self.model, x).total,
             parameters=sum(p.numel() for p in plain.parameters()) / sum(p.numel() for p in self.model.parameters()),
-            gates={name: tuple(self.means[a:b].tolist()) for name, a, b in spans},
+            gates={name: tuple(self.means[a:b].tolist()) for name, (a, b) in spans},
         )
 
     def extra_repr(self) -> str:

@@ -159,6 +159,20 @@ def bits(model: nn.Module, ids: Tensor, batch_size: int = 8, units: float = 1.0)
 # -- networks -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def stories(model: nn.Module, rows: int, length: int, seed: int, start: int = 1) -> Tensor:
+    """Texts (rows, length) drawn from the own distribution of a decoder of transformers; each begins with ``start``."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.full((rows, 1), start)
+    cache, new = None, ids
+    while ids.shape[1] < length:
+        found = model(new, cache=cache, use_cache=True)
+        cache = found.cache
+        new = torch.multinomial(found.logits[:, -1].softmax(-1), 1, generator=rng)
+        ids = torch.cat([ids, new], 1)
+    return ids
+
+
 class Tokenizer(Protocol):
     """Text to ids and back."""
 
