@@ -1205,7 +1205,7 @@ def test_bad_batches_and_points() -> None:
         net.calibrate([])
     with pytest.raises(ValueError, match="estimator"):
         net.calibrate(X, estimator="mean")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="nothing of it can change"):
+    with pytest.raises(ValueError, match="none of its layers can be cut in width"):
         ProARD(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)), X[:2])
 
 

@@ -36,21 +36,63 @@ def packed(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return dict(kwargs) if kwargs else args[0] if len(args) == 1 else args
 
 
+# What networks return beside their predictions.
+_BESIDE = frozenset(
+    {"loss", "past_key_values", "hidden_states", "attentions", "cross_attentions", "router_logits", "mems"}
+    | {"encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "auxiliary_outputs"}
+    | {"decoder_hidden_states", "decoder_attentions", "vision_model_output", "text_model_output"}
+    | {"intermediate_hidden_states", "extract_features", "aux_loss", "z_loss"}
+)
+
+
+def predictions(output: Any) -> dict[str, Tensor]:
+    """The prediction tensors of a model's output, by their place in it: every tensor, whatever holds them.
+
+    Of mappings that carry ``logits`` the states and caches beside them do not count; of others neither do those with
+    the names that transformers gives to states, caches and losses.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found: dict[str, Tensor] = {}
+
+    def collect(value: Any, place: str) -> None:
+        if isinstance(value, Tensor):
+            found[place] = value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                state = key in _BESIDE or (key == "last_hidden_state" and "logits" in value)
+                if not state and (isinstance(item, Tensor) or "logits" not in value):
+                    collect(item, f"{place}.{key}" if place else str(key))
+        elif isinstance(value, tuple | list):
+            for i, item in enumerate(value):
+                collect(item, f"{place}[{i}]")
+        elif isinstance(getattr(value, "logits", None), Tensor):
+            found[f"{place}.logits" if place else "logits"] = value.logits
+
+    collect(output, "")
+    if not found:
+        raise TypeError(f"model: its forward returned {type(output).__name__} without any tensor in it")
+    return found
+
+
 def logits(output: Any) -> Tensor:
     """The prediction tensor of a model's output.
 
     Raises:
-        TypeError: the output is neither a tensor nor carries a tensor named ``logits``.
+        TypeError: the output is no tensor, carries none named ``logits``, and holds several tensors or none.
     """
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(found, Tensor):
         return found
-    keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    tensors = predictions(output)
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
     raise TypeError(
-        f"model: its forward returned {type(output).__name__}{keys}; pliant needs a tensor, or an object or "
-        "mapping that has a tensor named 'logits'. Wrap the model in a small nn.Module that returns that tensor."
+        f"model: its forward returned {type(output).__name__} with the tensors {', '.join(tensors)}; which of them is "
+        "the prediction cannot be known. Give criterion= and metric= that take the whole output, or return one tensor"
     )
 
 
@@ -98,6 +140,18 @@ def map_tensors(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(x, tuple | list):
         return type(x)(map_tensors(v, function) for v in x)
     return x
+
+
+def tensors_in(value: Any) -> Iterator[Any]:
+    """Every tensor of a nested structure of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
 
 
 def take(x: Input, rows: Any) -> Any:
@@ -176,6 +230,17 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Within the block torch's transformer layers run operation by operation, without fused paths, nested tensors."""
+    before = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)  # type: ignore[no-untyped-call]
+
+
 def check_example(model: nn.Module, example: Input) -> Tensor:
     """Run ``model`` on ``example`` twice and return its prediction; the constructors' common door.
 
@@ -190,16 +255,19 @@ def check_example(model: nn.Module, example: Input) -> Tensor:
         raise ValueError(f"example: shape {shape} has no elements; give a batch of one or more real inputs")
     with evaluating(model), torch.no_grad():
         try:
-            first = logits(call(model, example))
+            first = predictions(call(model, example))
         except (RuntimeError, ValueError, IndexError) as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ValueError(f"example: the model does not accept an input of shape {shape}: {line}") from error
-        second = logits(call(model, example))
-    if not (first < float("inf")).all():  # NaN is not; minus infinity is how networks mask logits
-        raise ValueError("model: its output on the example contains NaN or infinity")
-    if not torch.equal(first, second):
-        raise ValueError(
-            f"model: its forward is not deterministic in evaluation mode (two runs on the example differ by up to "
-            f"{(first - second).abs().max().item():.3g}); remove the randomness or make it depend on self.training"
-        )
-    return first
+        second = predictions(call(model, example))
+    for name, a in first.items():
+        b = second.get(name)
+        if a.is_floating_point() and not (a < float("inf")).all():  # NaN is not; minus infinity masks logits
+            raise ValueError("model: its output on the example contains NaN or infinity")
+        if b is None or not torch.equal(a, b):
+            by = f" by up to {(a - b).abs().max().item():.3g}" if b is not None and a.shape == b.shape else ""
+            raise ValueError(
+                f"model: its forward is not deterministic in evaluation mode (two runs on the example differ{by}); "
+                "remove the randomness or make it depend on self.training"
+            )
+    return first["logits"] if "logits" in first else next(iter(first.values()))

@@ -3,16 +3,18 @@
 Three cuts make a network smaller: fewer channels (*width*, *expansion*), fewer blocks (*depth*), and smaller filters
 (*kernel*, the centre of the full ones).
 
-Channels that are added, concatenated or multiplied must be cut together. Which ones those are is read off the
-dependency graph of torch-pruning, which traces the user's own forward. A group of C coupled channels is cut to its
-first ``kept(C, width, units)`` ones; ``units`` keeps what must not be parted together: attention heads, the channels
-of one group of a GroupNorm or of a grouped convolution. Smaller widths are prefixes of larger ones (nesting),
-everywhere by one rounding function.
+Channels that are added, concatenated or multiplied must be cut together. Which position of which weight carries which
+channel is read by sending numbers through the user's own forward (``core/channels.py``), and what was read is verified
+(``core/agreement.py``): the sub-network must compute what the full network computes when the removed channels are zero
+where they are read. Channels that cannot be cut stay whole, and ``Slicing.whole`` tells why. A group of C coupled
+channels is cut to its first ``kept(C, width, units)`` ones; ``units`` keeps what must not be parted together: attention
+heads, the channels of one group of a GroupNorm or of a grouped convolution. Smaller widths are prefixes of larger ones
+(nesting), everywhere by one rounding function.
 
 A sub-network is (1) a *skeleton*: a copy of the user's modules without any weights, whose static sizes (number of
 groups, heads, normalised shape, length of a block list) are those of the smaller network, and (2) the *cuts*: for each
-parameter the kept range of each dimension. Running it gives the skeleton views on the full parameters
-(``torch.func.functional_call``); extracting it gives the same skeleton copies of them. That is why both give the same
+parameter the kept range of each dimension. Running it puts views on the full
+parameters into the skeleton; extracting it gives the same skeleton copies of them. That is why both give the same
 numbers, bit for bit.
 """
 
@@ -21,21 +23,23 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
+import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-import torch_pruning
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from pliant.core.inputs import Input, call, check_example, evaluating, first_tensor, logits, removing, take
+from pliant.core.agreement import Agreement
+from pliant.core.channels import Carrier, Channels, Ids, Reading, is_linear_1d, is_output, read_channels
+from pliant.core.inputs import Input, call, check_example, take
+from pliant.core.stacks import find_stacks
 
 Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
 Cuts = dict[int, Runs]  # by dimension
@@ -68,9 +72,10 @@ class Member:
     """One tensor side that a group cuts: ``positions[i]`` of the module's side carries channel ``channels[i]``."""
 
     module: str
-    side: str  # "out" or "in" of a module; "parameter": a bare parameter of that name
+    side: str  # "out" or "in" of a module; "parameter": a bare parameter or buffer of that name
     positions: tuple[int, ...]
     channels: tuple[int, ...]
+    dim: int = 0  # of a bare parameter
 
 
 @dataclass
@@ -81,7 +86,13 @@ class Group:
     channels: int
     units: int
     members: list[Member] = field(default_factory=list)
-    linked: frozenset[str] = frozenset()  # groups that a grouped convolution binds to keep the same share
+    # Numbers that modules keep beside their weights and that follow the width: (module, attribute) -> full value.
+    attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()  # of its units, as they were read
+
+    @property
+    def linked(self) -> frozenset[str]:
+        return frozenset({self.name})
 
     @property
     def bundle(self) -> int:
@@ -110,8 +121,8 @@ class SubNetwork:
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """The modules of the skeleton by name."""
-        return dict(self.skeleton.named_modules())
+        """The modules of the skeleton by name, shared ones under each of theirs."""
+        return dict(self.skeleton.named_modules(remove_duplicate=False))
 
     def views(self, model: nn.Module) -> dict[str, Tensor]:
         """Every parameter and buffer that the skeleton needs, as views on those of the full ``model``.
@@ -131,12 +142,24 @@ class SubNetwork:
         return views
 
     def run(self, model: nn.Module, x: Input, replace: Mapping[str, Tensor] | None = None) -> Any:
-        """The skeleton's output on ``x`` with views on ``model``'s weights; ``replace`` overrides some tensors."""
+        """The skeleton's output on ``x`` with views on ``model``'s weights; ``replace`` overrides some tensors.
+
+        The views stay in the skeleton until the next run: activation checkpointing runs it again during backward.
+        """
         tensors = self.views(model)
         tensors.update(replace or {})
-        args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
-        kwargs = dict(x) if isinstance(x, Mapping) else {}
-        return functional_call(self.skeleton, tensors, args, kwargs, tie_weights=False)
+        if torch.compiler.is_compiling():  # which follows no changes of a module's parameters
+            args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
+            kwargs = dict(x) if isinstance(x, Mapping) else {}
+            return functional_call(self.skeleton, tensors, args, kwargs, tie_weights=False)
+        _put(self.modules, tensors)
+        return call(self.skeleton, x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubNetwork:
+        return SubNetwork(_skeleton(self.skeleton), copy.deepcopy(self.cuts, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (SubNetwork, (_skeleton(self.skeleton), self.cuts))
 
     def infer(
         self, model: nn.Module, x: Input, replace: Callable[[], Mapping[str, Tensor]] = dict, key: object = None
@@ -164,6 +187,7 @@ class SubNetwork:
             with torch.enable_grad():
                 for owner, leaf, name in mount.copied:
                     owner[leaf] = _cut(full[name], self.cuts[name]).contiguous()
+            _refresh(mount.network.modules())  # type: ignore[union-attr]
         return call(mount.network, x)  # type: ignore[arg-type]
 
     @cached_property
@@ -172,7 +196,7 @@ class SubNetwork:
 
     def extract(self, model: nn.Module, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A plain network with contiguous copies of the weights, in evaluation mode. Tied weights stay tied."""
-        network = copy.deepcopy(self.skeleton)
+        network = _skeleton(self.skeleton)
         full, views = _tensors(model), self.views(model)
         views.update(replace or {})
         made: dict[int, Tensor] = {}
@@ -187,6 +211,7 @@ class SubNetwork:
                 )
             store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
             store[leaf] = made[id(full[name])]
+        _refresh(network.modules())
         return network.eval()
 
 
@@ -219,6 +244,7 @@ class _Mount:
             )
             if own_memory and name not in replaced:
                 self.copied.append((tensors, leaf, name))
+        _refresh(self.network.modules())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mount:
         return _Mount()
@@ -227,21 +253,29 @@ class _Mount:
         return (_Mount, ())
 
 
+class NothingToCutError(ValueError):
+    """No channels of a network can be cut."""
+
+
 class Slicing:
     """The channel groups and block stacks of a network.
 
     Args:
-        model: any network whose forward torch-pruning can trace.
-        example: an input for it.
-        width: whether channels are to be cut; False skips the tracing.
-        exclude: names of modules (patterns as in ``fnmatch``) whose groups keep their full width.
+        model: any network.
+        example: an input for it; its first two rows are looked at.
+        width: whether channels are to be cut; False skips their reading.
+        exclude: names of modules (patterns as in ``fnmatch``) or of groups whose own channels keep their full number.
         divisor: kept channels are a multiple of this where the group's size allows.
-        stacks: names of the block lists that depth cuts; None finds them: every ``ModuleList`` or ``Sequential`` of
-            two or more modules of one class, run once each in order, of which all but the first keep the shape (of
-            nested ones the outermost).
+        stacks: names of the block lists that depth cuts; None finds them (see ``core/stacks.py``).
+        growing: keep groups of a single unit too, which cannot shrink.
+
+    Attributes:
+        groups: what width cuts.
+        stacks: names and lengths of the block lists that depth cuts.
+        whole: why layers keep their full width, by name: the excluded ones and the network's outputs are not listed.
 
     Raises:
-        ValueError: the model cannot be traced, or a module cannot be sliced; the message names it.
+        ValueError: nothing of the model can be cut, or a name is unknown; the message says what to do.
     """
 
     def __init__(
@@ -253,27 +287,28 @@ class Slicing:
         exclude: Sequence[str] = (),
         divisor: int = 1,
         stacks: Sequence[str] | None = None,
+        growing: bool = False,
     ) -> None:
         if divisor < 1:
             raise ValueError(f"divisor: {divisor} is not a positive number of channels")
         self.model = model
         check_example(model, example)
-        example = take(example, slice(0, 2))  # many small networks are tried: two rows tell as much
-        self.shape = tuple(check_example(model, example).shape)
-        names = [n for n, _ in model.named_modules()]
-        for pattern in exclude:
-            if not fnmatch.filter(names, pattern):
-                raise ValueError(f"exclude: no module of the model is named {pattern!r}")
-        self.exclude = tuple(exclude)
+        self.example = take(example, slice(0, 2))  # many small networks are tried: two rows tell as much
+        self.shape = tuple(check_example(model, self.example).shape)
+        self.exclude = tuple([exclude] if isinstance(exclude, str) else exclude)
         self.heads: dict[str, str] = {}  # attention module -> name of the group of its inner width
-        self.stacks = find_stacks(model, example) if stacks is None else self._check_stacks(stacks)
         self.groups: list[Group] = []
-        if width:
-            self._find_groups(example, divisor)
-            self._link_grouped_convolutions()
-            self._try(example)
-            if not self.groups:
-                raise ValueError("model: no channel group of it can be cut; give width=(1.0,) and use depth only")
+        self.whole: dict[str, str] = {}
+        self._least_units = 1 if growing else 2
+        self._refusal = ""
+        self.stacks = find_stacks(model, self.example) if stacks is None else self._check_stacks(stacks)
+        reading = read_channels(model, self.example) if width else None
+        self._agreement = Agreement(model, self.example, reading.norms if reading is not None else ())
+        self._settle_depth(named=stacks is not None)
+        if reading is not None:
+            self._settle_width(reading, divisor)
+            self._report()
+        self._agreement.rest()
 
     # -- construction -------------------------------------------------------------------------------------------
 
@@ -289,90 +324,89 @@ class Slicing:
             found[name] = len(container)
         return found
 
-    def _find_groups(self, example: Input, divisor: int) -> None:
-        names = {module: name for name, module in self.model.named_modules()}
-        parameter_names = {id(p): name for name, p in self.model.named_parameters()}
-        for root, items in list(_trace(self.model, example, self._excluded)):
-            members = []
-            for module, side, positions, channels in items:
-                if isinstance(module, nn.Parameter):
-                    members.append(Member(parameter_names[id(module)], "parameter", positions, channels))
-                elif module in names:
-                    members.append(Member(names[module], side, positions, channels))
-            if any(self._excluded(m.module) for m in members):
-                continue
-            for member in members:
-                self._check_member(member)
-            for group in _part(names[root], self._join_projections(members)):
-                group.units = math.gcd(
-                    group.channels // math.gcd(divisor, group.channels),
-                    *(self._units(group, m) for m in group.members),
-                )
-                self._find_heads(group)
-                self.groups.append(group)
-
     def _excluded(self, name: str) -> bool:
         parts = name.split(".")
         ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
         return any(fnmatch.fnmatch(a, pattern) for a in ancestors for pattern in self.exclude)
 
-    def _check_member(self, member: Member) -> None:
-        if member.side == "parameter":
-            return
-        module = self.model.get_submodule(member.module)
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
-            why = f"its normalized_shape {tuple(module.normalized_shape)} has several dimensions"
-        elif isinstance(module, _ConvTransposeNd) and module.groups > 1:
-            why = "a transposed convolution with groups"
-        elif not isinstance(module, _SLICEABLE):
-            why = f"slicing a {type(module).__name__} is not supported"
-        elif isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
-            why = "its keys or values have a width of their own"
-        else:
-            return
-        name = member.module
-        raise ValueError(f"model: cannot slice {name!r}: {why}; exclude it by name: exclude=[{name!r}]")
+    def _find_groups(self, found: Channels, divisor: int) -> None:
+        """Units that the same weights carry, at as many positions each, form a group."""
+        why = dict(found.why)
+        for carrier, units in found.units.items():
+            if carrier.side != "in" and self._excluded(carrier.name):
+                why.update(dict.fromkeys((int(u) for u in np.unique(units)), _EXCLUDED))
+        carriers = list(found.units)
+        carried: dict[int, list[tuple[int, int]]] = {}  # unit -> (carrier, positions)
+        for i, carrier in enumerate(carriers):
+            for unit, count in zip(*np.unique(found.units[carrier], return_counts=True), strict=True):
+                if unit > 1:
+                    carried.setdefault(int(unit), []).append((i, int(count)))
+        together: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        for unit, places in carried.items():
+            if unit not in why:
+                together.setdefault(tuple(places), []).append(unit)
+            elif why[unit] != _EXCLUDED and not is_output(why[unit]):
+                for i, _ in places:
+                    if carriers[i].side != "in" and self._makes(carriers[i]):
+                        self.whole.setdefault(carriers[i].name, why[unit])
+        named: dict[str, list[Group]] = {}
+        for places, units in together.items():
+            mine = [carriers[i] for i, _ in places]
+            if not any(c.side == "parameter" or (c.side == "out" and self._makes(c)) for c in mine):
+                continue  # nobody of the network makes them
+            makers = [c for c in mine if c.side == "out" and self._makes(c)]
+            root = (makers or [c for c in mine if c.side != "in"] or mine)[0]
+            group = self._group(root, mine, units, found, divisor)
+            named.setdefault(group.name, []).append(group)
+        order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
+        for name, groups in sorted(named.items(), key=lambda item: order.get(item[0], -1)):
+            for number, group in enumerate(groups):
+                group.name = name if len(groups) == 1 else f"{name}[{number}]"
+                self._find_heads(group)
+        self.groups = [g for groups in named.values() for g in groups if g.name not in self.exclude]
+        modules = [name for name, _ in self.model.named_modules()]
+        known = {g.name for groups in named.values() for g in groups}
+        for pattern in self.exclude:
+            if not fnmatch.filter(modules, pattern) and pattern not in known:
+                raise ValueError(f"exclude: no module of the model is named {pattern!r}")
 
-    def _units(self, group: Group, member: Member) -> int:
-        """Into how many units this member allows the group to be parted."""
-        if member.side == "parameter":
-            return group.channels
-        module = self.model.get_submodule(member.module)
-        if isinstance(module, nn.GroupNorm):
-            bundle = module.num_channels // module.num_groups
-        elif isinstance(module, nn.MultiheadAttention):
-            bundle = module.head_dim
-        elif isinstance(module, _ConvNd) and module.groups > 1:
-            bundle = (module.out_channels if member.side == "out" else module.in_channels) // module.groups
-        else:
-            return group.channels
-        whole = min(member.positions) % bundle == 0 and len(member.positions) % bundle == 0
-        return len(member.positions) // bundle if whole else 1
+    def _makes(self, carrier: Carrier) -> bool:
+        """Whether a carrier makes channels; norms and depthwise convolutions pass them on."""
+        module = _submodule(self.model, carrier.name)
+        if isinstance(module, _ConvNd):
+            return not module.groups == module.in_channels == module.out_channels or module.groups == 1
+        return isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention) or (
+            module is not None and is_linear_1d(module)
+        )
 
-    def _join_projections(self, members: list[Member]) -> list[Member]:
-        """Queries, keys and values out of one Linear (three thirds of its rows): channel c of each goes together.
-
-        The dependency graph only ties the values to the output projection, since no channel of a query reaches it.
-        """
-        linear = {side: [m for m in members if m.side == side and self._is_linear(m.module)] for side in ("out", "in")}
-        if len(linear["out"]) != 1 or len(linear["in"]) != 1:
-            return members
-        fused, projection = linear["out"][0], linear["in"][0]
-        owner, size = fused.module.rpartition(".")[0], len(projection.positions)
-        values = tuple(range(2 * size, 3 * size))
-        if (
-            len(fused.positions) != 3 * size
-            or projection.module.rpartition(".")[0] != owner
-            or tuple(sorted(projection.channels)) != values
-        ):
-            return members
-        return [
-            Member(fused.module, "out", fused.positions, tuple(c % size for c in fused.channels)),
-            Member(projection.module, "in", projection.positions, tuple(c - 2 * size for c in projection.channels)),
-        ]
+    def _group(
+        self, root: Carrier, carriers: Sequence[Carrier], units: Sequence[int], found: Channels, divisor: int
+    ) -> Group:
+        """Number the channels: unit by unit as they stand at the root, within a unit as each carrier lists them."""
+        places = {u: [np.flatnonzero(found.units[c] == u) for c in carriers] for u in units}
+        at_root = carriers.index(root)
+        ordered = sorted(units, key=lambda u: int(places[u][at_root][0]))
+        distinct = [len(np.unique(found.channels[c][at])) for c, at in zip(carriers, places[ordered[0]], strict=True)]
+        bundle = min((n for n in distinct if n > 1), default=1)
+        members = []
+        for i, carrier in enumerate(carriers):
+            positions: list[int] = []
+            channels: list[int] = []
+            for number, unit in enumerate(ordered):
+                at = places[unit][i]
+                ranks = _ranks(found.channels[carrier][at])
+                whole = (int(ranks.max()) + 1) % bundle == 0
+                ranks = ranks % bundle if whole else np.minimum(ranks, bundle - 1)
+                positions += at.tolist()
+                channels += (number * bundle + ranks).tolist()
+            members.append(Member(carrier.name, carrier.side, tuple(positions), tuple(channels), carrier.dim))
+        group = Group(root.name, len(ordered) * bundle, len(ordered), members, ids=tuple(ordered))
+        group.units = math.gcd(group.units, group.channels // math.gcd(divisor, group.channels))
+        return group
 
     def _is_linear(self, name: str) -> bool:
-        return isinstance(_submodule(self.model, name), nn.Linear)
+        module = _submodule(self.model, name)
+        return isinstance(module, nn.Linear) or (module is not None and is_linear_1d(module))
 
     def _find_heads(self, group: Group) -> None:
         """Is this the inner width of an attention module (queries, keys, values -> output projection)?
@@ -387,60 +421,197 @@ class Slicing:
                 owners[owner] = owners.get(owner, 0) + (1 if member.side == "out" else -1) * len(member.positions)
         for owner, balance in owners.items():
             module = self.model.get_submodule(owner)
-            counts = [v for a in _HEADS if isinstance(v := getattr(module, a, None), int) and v > 0]
-            if balance > 0 and counts:
-                units = math.gcd(*counts)
-                if group.channels % units:
-                    continue
-                group.units = math.gcd(group.units, units)
-                self.heads[owner] = group.name
+            counts = {a: v for a in _HEADS if isinstance(v := getattr(module, a, None), int) and v > 0}
+            if balance <= 0 or not counts or any(v % group.units for v in counts.values()):
+                continue
+            self.heads[owner] = group.name
+            widths = {len(m.positions) for m in group.members if m.module.startswith(f"{owner}.")}
+            inner = {a: v for a in _INNER_WIDTHS if (v := getattr(module, a, None)) in widths and v is not None}
+            group.attributes.update({(owner, a): v for a, v in {**counts, **inner}.items()})
 
-    def _link_grouped_convolutions(self) -> None:
-        """The input and output groups of a grouped convolution must keep the same share of its groups."""
-        clusters: list[set[str]] = [{g.name} for g in self.groups]
-        for name, module in self.model.named_modules():
-            if isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels:
-                touched = {g.name for g in self.groups if any(m.module == name for m in g.members)}
-                joined = [c for c in clusters if c & touched]
-                clusters = [c for c in clusters if not c & touched] + ([set().union(*joined)] if joined else [])
-        for group in self.groups:
-            group.linked = frozenset(next(c for c in clusters if group.name in c))
-        common = {c: math.gcd(*(g.units for g in self.groups if g.name in c)) for c in map(frozenset, clusters)}
-        for group in self.groups:
-            group.units = common[group.linked]
+    # -- what was read is verified --------------------------------------------------------------------------------
 
-    def _try(self, example: Input) -> None:
-        """Run every group alone at its smallest, then all together: outputs must keep their shape.
+    def check(
+        self,
+        sizes: Mapping[str, int | Collection[int]],
+        depths: Mapping[str, int] | None = None,
+        kernels: Mapping[str, int] | None = None,
+        x: Input | None = None,
+    ) -> str | None:
+        """What is wrong with the sub-network of these sizes (see ``build``); None where it computes what it should.
 
-        A group whose cut changes the shape of the output holds the network's outputs, and is left whole.
+        It should compute what the full network computes when the removed channels are zero where they are read, norms
+        over channels see those that are left, blocks that fell away pass on what they get (or add nothing), and filters
+        are zero outside their centre. Weights are shaken for the comparison, so that none is zero by its start.
         """
-        least = {g.name: kept(g.channels, 0.0, g.units) for g in self.groups}
-        inner = []
-        for group in self.groups:
-            result = self._attempt({name: least[name] for name in group.linked}, example)
-            if isinstance(result, Exception):
-                members = [m.module for m in group.members if m.side == "out"] or [group.name]
-                raise ValueError(
-                    f"model: cannot slice the channels of {', '.join(map(repr, members[:4]))}: {_first_line(result)}. "
-                    f"Its forward seems to fix their number; exclude them by name: exclude=[{group.name!r}]"
-                ) from result
-            if result == self.shape:
-                inner.append(group)
-        self.groups = inner
-        sizes = {g.name: least[g.name] for g in inner}
-        self._check_ties(self.build(sizes).cuts)
-        result = self._attempt(sizes, example)
-        if result != self.shape:
-            why = _first_line(result) if isinstance(result, Exception) else f"the output has shape {result}"
-            raise ValueError(f"model: its channel groups can be cut one by one but not together: {why}")
-
-    def _attempt(self, sizes: Mapping[str, int], example: Input) -> tuple[int, ...] | Exception:
         try:
-            network = self.build(sizes)
-            with evaluating(network.skeleton), torch.no_grad():
-                return tuple(logits(network.run(self.model, example)).shape)
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-            return error
+            network = self.build(sizes, depths, kernels, adapt=False)
+            self._check_ties(network.cuts)
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError) as error:
+            return _first_line(error)
+        network.skeleton.eval()
+        blocks = {
+            f"{name}.{child}"
+            for name, count in (depths or {}).items()
+            for child in [n for n, _ in self.model.get_submodule(name).named_children()][count:]
+        }
+        return self._agreement.problem(network.run, self._gone(sizes), blocks, dict(kernels or {}), x)
+
+    def _settle_depth(self, named: bool) -> None:
+        """Stacks that do not shorten to what they should are none."""
+        for name, blocks in list(self.stacks.items()):
+            for count in sorted({1, (blocks + 1) // 2, blocks - 1} - {0, blocks}):
+                problem = self.check({}, {name: count})
+                if problem is None:
+                    continue
+                if named:
+                    raise ValueError(f"stacks: {name!r} cannot be cut to {count} of its {blocks} blocks: {problem}")
+                del self.stacks[name]
+                break
+
+    def _settle_width(self, reading: Reading, divisor: int) -> None:
+        """Groups that do not shrink to what they should stay whole.
+
+        Where the forward parts channels into pieces, first whole pieces are tried (heads), then a part of each.
+        """
+        pieces: dict[int, int] = {}
+        ties: list[tuple[int, int]] = []
+        reasons: dict[str, str] = {}  # by layer, the first that was found
+        while True:
+            found = reading.channels(pieces, ties)
+            self.whole = {}
+            self._find_groups(found, divisor)
+            candidates = self.groups
+            single = {g.name: self._why_single(g, divisor) for g in candidates if g.units < self._least_units}
+            self.groups = [g for g in candidates if g.name not in single]
+            wrong = self._wrong() | single
+            self.groups = candidates
+            for group in candidates:
+                for layer in self._makers(group) if group.name in wrong else ():
+                    reasons.setdefault(layer, wrong[group.name])
+            touched = {u for g in candidates if g.name in wrong for u in g.ids}
+            open_ = [i for i, units in enumerate(found.parted) if units & touched and pieces.get(i, 0) < 2]
+            if open_:
+                pieces |= {i: pieces.get(i, 0) + 1 for i in open_}
+            elif alike := self._alike([g for g in candidates if g.name in wrong and g.units > 1]):
+                ties += alike
+            else:
+                break
+        for group in [g for g in self.groups if g.name in wrong]:
+            self.groups.remove(group)
+            self.whole.update({layer: reasons[layer] for layer in self._makers(group) if reasons[layer]})
+
+    def _why_single(self, group: Group, divisor: int) -> str:
+        if len(group.ids) > 1:
+            return f"divisor={divisor} leaves nothing of their number to choose"
+        return _ONE_UNIT if group.channels > 1 else ""
+
+    def _alike(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
+        """Groups of one size that shrink only together, as where one is brought to the shape of another by its size."""
+        ties = []
+        for number in {(g.channels, g.units) for g in groups}:
+            same = [g for g in groups if (g.channels, g.units) == number]
+            first = same[0]
+            trials = [range(first.bundle), range(max(1, first.units // 2) * first.bundle)]
+            if len(same) > 1 and all(self.check({g.name: set(kept) for g in same}) is None for kept in trials):
+                ties += [(a, b) for g in same[1:] for a, b in zip(first.ids, g.ids, strict=True)]
+        return ties
+
+    def _makers(self, group: Group) -> list[str]:
+        """The layers that make the channels of a group."""
+        made = [m.module for m in group.members if m.side != "in" and self._makes(Carrier(m.module, m.side))]
+        return list(dict.fromkeys(made))
+
+    def _wrong(self) -> dict[str, str]:
+        """The groups that do not shrink to what they should, and why; ``self.groups`` are the others."""
+        generator = torch.Generator().manual_seed(0)
+
+        def together(groups: Sequence[Group]) -> str | None:
+            trials: list[dict[str, Any]] = [{g.name: g.bundle for g in groups}]
+            trials += [{g.name: _drawn(g, generator) for g in groups} for _ in range(2)]
+            return next((problem for sizes in trials if (problem := self.check(sizes)) is not None), None)
+
+        def search(groups: Sequence[Group]) -> dict[str, str]:
+            problem = together(groups)
+            if problem is None:
+                return {}
+            if len(groups) == 1:
+                problem = self._problem_of(groups[0], generator)
+                return {} if problem is None else {groups[0].name: problem}
+            half = len(groups) // 2
+            return search(groups[:half]) | search(groups[half:])
+
+        wrong: dict[str, str] = {}
+        while self.groups:
+            found = search(self.groups)
+            if not found and (problem := together(self.groups)) is not None:
+                good: list[Group] = []  # only together: those that spoil the ones before them go
+                for g in self.groups:
+                    if together([*good, g]) is None:
+                        good.append(g)
+                    else:
+                        found[g.name] = problem
+            if not found:
+                break
+            wrong |= found
+            self.groups = [g for g in self.groups if g.name not in wrong]
+        return wrong
+
+    def _problem_of(self, group: Group, generator: torch.Generator) -> str | None:
+        """What is wrong with the group cut alone, also with the numbers that modules keep beside their weights."""
+        trials = [_drawn(group, generator), group.bundle]
+
+        def problem() -> str | None:
+            found = (self.check({group.name: kept}) for kept in trials)
+            return next((p for p in found if p is not None), None)
+
+        before, first = dict(group.attributes), problem()
+        if first is None:
+            return None
+        for nearest in (True, False):
+            group.attributes = before | self._numbers(group, nearest)
+            if group.attributes != before and problem() is None:
+                return None
+        group.attributes = before
+        return first
+
+    def _numbers(self, group: Group, nearest: bool) -> dict[tuple[str, str], Any]:
+        """Whole numbers in the modules around the group's layers that equal its width or its number of units."""
+        found: dict[tuple[str, str], Any] = {}
+        for member in group.members:
+            parts = member.module.split(".")[: -2 if member.side == "parameter" else -1]
+            above = [".".join(parts[:i]) for i in range(len(parts) + 1)]
+            for owner in above[-1:] if nearest else above:
+                module = self.model.get_submodule(owner)
+                for attribute, value in vars(module).items():
+                    values = value if isinstance(value, tuple | list) and value else [value]
+                    width = len(member.positions)
+                    sizes = {width, width // 2, width // 3, group.channels, group.units} - {0, 1}
+                    if all(type(v) is int and v in sizes for v in values):
+                        found[owner, attribute] = value
+        return found
+
+    def _report(self) -> None:
+        """Say what keeps its width; refuse a network of which nothing can be cut."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.whole.items():
+            pattern, reason = (re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in (name, _first_line(why)))
+            if pattern not in reasons.setdefault(reason, []):
+                reasons[reason].append(pattern)
+        lines = [f"{', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}: {why}"
+                 for why, names in reasons.items()]  # fmt: skip
+        if not self.groups:
+            why = f" ({'; '.join(lines[:6])})" if lines else " (its layers hold its inputs and outputs only)"
+            self._refusal = f"model: none of its layers can be cut in width{why}"
+            if not self.stacks:
+                raise NothingToCutError(self._refusal)
+        elif lines:
+            patterns = list(dict.fromkeys(p for names in reasons.values() for p in names))
+            warnings.warn(
+                f"these layers keep their full width, for they cannot be cut: {'; '.join(lines)}. "
+                f"exclude={patterns} says that this is known",
+                stacklevel=4,
+            )
 
     # -- sub-networks -------------------------------------------------------------------------------------------
 
@@ -461,6 +632,8 @@ class Slicing:
         for name, value in (("width", width), ("depth", depth)):
             if not 0 < value <= 1:
                 raise ValueError(f"{name}: {value} is not in (0, 1]")
+        if width < 1 and not self.groups and self._refusal:
+            raise NothingToCutError(f"{self._refusal}; use depth alone: width=(1.0,)")
         if depth < 1 and not self.stacks:
             raise ValueError("depth: no stack of blocks was found in the model; name them: stacks=['blocks']")
         return self.build(self.sizes(width), self.depths(depth))
@@ -470,6 +643,8 @@ class Slicing:
         sizes: Mapping[str, int | Collection[int]],
         depths: Mapping[str, int] | None = None,
         kernels: Mapping[str, int] | None = None,
+        *,
+        adapt: bool = True,
     ) -> SubNetwork:
         """The sub-network of given sizes; what is not named stays whole.
 
@@ -480,32 +655,21 @@ class Slicing:
             kernels: filter sizes, by the name of a convolution, see ``can_crop``.
 
         A module of the model that has a method ``after_slicing()`` is called then, in the skeleton, so that it can
-        leave out what its new sizes have no use for.
+        leave out what its new sizes have no use for; ``adapt=False`` leaves it as it is.
         """
         skeleton = _skeleton(self.model)
         for name, blocks in (depths or {}).items():
             if blocks < self.stacks[name]:
                 path, _, leaf = name.rpartition(".")
                 setattr(skeleton.get_submodule(path), leaf, skeleton.get_submodule(name)[:blocks])  # type: ignore[index]
-        sides: dict[tuple[str, str], set[int]] = {}  # positions that fall away
-        counts: dict[str, int] = {}
-        for group in self.groups:
-            stay = self._stay(group, sizes.get(group.name, group.channels))
-            counts[group.name] = len(stay)
-            if len(stay) == group.channels:
-                continue
-            for m in group.members:
-                gone = {p for p, c in zip(m.positions, m.channels, strict=True) if c not in stay}
-                sides.setdefault((m.module, m.side), set()).update(gone)
         cuts: dict[str, Cuts] = {}
         by_module: dict[str, dict[str, set[int]]] = {}
-        for (module_name, side), gone in sides.items():
-            if side == "parameter":
-                parameter = self.model.get_parameter(module_name)
-                dim = _last_wide(parameter)
-                cuts[module_name] = {dim: _runs(parameter.shape[dim], gone)}
+        for carrier, gone in self._gone(sizes).items():
+            if carrier.side == "parameter":
+                size = _tensor(self.model, carrier.name).shape[carrier.dim]
+                cuts.setdefault(carrier.name, {})[carrier.dim] = _runs(size, gone)
             else:
-                by_module.setdefault(module_name, {})[side] = gone
+                by_module.setdefault(carrier.name, {})[carrier.side] = gone
         for module_name, gone_by_side in by_module.items():
             module = self.model.get_submodule(module_name)
             found, attributes = _module_cuts(module, gone_by_side)
@@ -517,11 +681,32 @@ class Slicing:
         for name, size in (kernels or {}).items():
             cut = cuts.setdefault(f"{name}.weight", {})
             _crop(self.model.get_submodule(name), _submodule(skeleton, name), size, cut)
-        self._resize_attention(skeleton, counts)
+        for group in self.groups:
+            units = len(self._stay(group, sizes.get(group.name, group.channels))) // group.bundle
+            if units < group.units:
+                for (owner, attribute), value in group.attributes.items():
+                    target = _submodule(skeleton, owner)
+                    if target is not None:
+                        setattr(target, attribute, _scaled(value, units, group.units))
         for module in skeleton.modules():
-            if callable(told := getattr(module, "after_slicing", None)):
-                told()
+            if isinstance(module, nn.TransformerEncoder) and isinstance(module.layers[0], nn.TransformerEncoderLayer):
+                even = module.layers[0].self_attn.num_heads % 2 == 0  # its fused path knows no odd number of heads
+                module.use_nested_tensor = module.use_nested_tensor and even
+            if adapt and callable(leave_out := getattr(module, "after_slicing", None)):
+                leave_out()
         return SubNetwork(skeleton, cuts)
+
+    def _gone(self, sizes: Mapping[str, int | Collection[int]]) -> dict[Carrier, set[int]]:
+        """The positions that fall away."""
+        found: dict[Carrier, set[int]] = {}
+        for group in self.groups:
+            stay = self._stay(group, sizes.get(group.name, group.channels))
+            if len(stay) == group.channels:
+                continue
+            for m in group.members:
+                gone = {p for p, c in zip(m.positions, m.channels, strict=True) if c not in stay}
+                found.setdefault(Carrier(m.module, m.side, m.dim), set()).update(gone)
+        return found
 
     def _stay(self, group: Group, kept: int | Collection[int]) -> Collection[int]:
         """The channels of ``group`` that stay."""
@@ -562,9 +747,8 @@ class Slicing:
         moves: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}  # a layer may carry the channels on both its sides
         for m in group.members:
             if m.side == "parameter":
-                parameter = self.model.get_parameter(m.module)
-                dim = _last_wide(parameter)
-                moves[id(parameter), dim, _reindex(m, order, parameter.shape[dim])] = parameter
+                parameter = _tensor(self.model, m.module)
+                moves[id(parameter), m.dim, _reindex(m, order, parameter.shape[m.dim])] = parameter
                 continue
             module = self.model.get_submodule(m.module)
             grouped = isinstance(module, _ConvNd) and 1 < module.groups < module.in_channels
@@ -581,21 +765,6 @@ class Slicing:
         for (_, dim, index), tensor in moves.items():
             tensor.copy_(tensor.index_select(dim, torch.tensor(index, device=tensor.device)))
 
-    def _resize_attention(self, skeleton: nn.Module, sizes: Mapping[str, int]) -> None:
-        """Give attention modules written by others the number of heads that they have left."""
-        groups = {g.name: g for g in self.groups}
-        for owner, group_name in self.heads.items():
-            size, module = sizes.get(group_name), _submodule(skeleton, owner)
-            if size is None or group_name not in groups or module is None:
-                continue
-            full = groups[group_name].channels
-            for attribute in _HEADS:
-                if isinstance(heads := getattr(module, attribute, None), int):
-                    setattr(module, attribute, heads * size // full)
-            for attribute in _INNER_WIDTHS:
-                if getattr(module, attribute, None) == full:
-                    setattr(module, attribute, size)
-
     def _check_ties(self, cuts: Mapping[str, Cuts]) -> None:
         first: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -609,17 +778,8 @@ class Slicing:
 
 _HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "nhead", "heads")
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
-_SLICEABLE = (
-    _ConvNd,
-    nn.Linear,
-    _NormBase,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.Embedding,
-    nn.PReLU,
-    nn.MultiheadAttention,
-)
+_EXCLUDED = "excluded"
+_ONE_UNIT = "all its channels form one unit, which has to stay"
 
 
 def can_crop(module: nn.Module, size: int) -> bool:
@@ -662,10 +822,11 @@ def _reindex(member: Member, order: Sequence[int], size: int) -> tuple[int, ...]
 
 def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[str, Cuts], dict[str, Any]]:
     """Which parameters of ``module`` lose which positions, and the static sizes that it has then."""
-    if isinstance(module, _ConvNd | nn.Linear):
-        transposed = isinstance(module, _ConvTransposeNd)
-        linear = isinstance(module, nn.Linear)
+    if isinstance(module, _ConvNd | nn.Linear) or is_linear_1d(module):
+        transposed = isinstance(module, _ConvTransposeNd) or is_linear_1d(module)  # (in, out)
+        linear = not isinstance(module, _ConvNd)
         outs, ins = ("out_features", "in_features") if linear else ("out_channels", "in_channels")
+        outs, ins = ("nf", "nx") if is_linear_1d(module) else (outs, ins)
         groups: int = 1 if linear else module.groups  # type: ignore[assignment]
         out_full, in_full = int(getattr(module, outs)), int(getattr(module, ins))
         if groups > 1:
@@ -679,8 +840,11 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
             lost_groups = {p * groups // out_full for p in out_gone} | {p * groups // in_full for p in in_gone}
             left = groups - len(lost_groups)
             out_size, in_size = out_full * left // groups, in_full * left // groups
-            out_runs = _runs(out_full, {p for p in range(out_full) if p * groups // out_full in lost_groups})
-            cuts = {"weight": {0: out_runs}, "bias": {0: out_runs}}
+            out_runs, in_runs = (
+                _runs(full, {p for p in range(full) if p * groups // full in lost_groups})
+                for full in (out_full, in_full)
+            )
+            cuts = {"weight": {0: in_runs if transposed else out_runs}, "bias": {0: out_runs}}
             return _present(module, cuts), {outs: out_size, ins: in_size, "groups": left}
         weight: Cuts = {}
         attributes: dict[str, Any] = {}
@@ -706,9 +870,16 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
             "in_proj_bias": {0: thrice},
             "out_proj.weight": {0: runs, 1: runs},
             "out_proj.bias": {0: runs},
+            "bias_k": {2: runs},
+            "bias_v": {2: runs},
         }
+        cuts = {name: cut for name, cut in cuts.items() if _held(module, name)}
         heads = size // module.head_dim
         return cuts, {"embed_dim": size, "kdim": size, "vdim": size, "num_heads": heads}
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        runs = _runs(int(module.input_size), lost)
+        names = [n for n in module._parameters if n == "weight_ih" or n.startswith("weight_ih_l0")]
+        return {name: {1: runs} for name in names}, {"input_size": _length(runs)}
     if isinstance(module, nn.Embedding):
         runs = _runs(module.embedding_dim, lost)
         return {"weight": {1: runs}}, {"embedding_dim": _length(runs)}
@@ -721,7 +892,7 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
     if isinstance(module, nn.GroupNorm):
         runs = _runs(module.num_channels, lost)
         size, full = _length(runs), module.num_channels
-        attributes = {"num_channels": size, "num_groups": size * module.num_groups // full}
+        attributes = {"num_channels": size, "num_groups": max(1, size * module.num_groups // full)}
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         runs = _runs(module.normalized_shape[0], lost)
         attributes = {"normalized_shape": (_length(runs),)}
@@ -731,173 +902,14 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
     return _present(module, {name: {0: runs} for name in names}), attributes
 
 
+def _held(module: nn.Module, name: str) -> bool:
+    """Whether a module, or the part of it that ``name`` points to, has this parameter."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path)._parameters.get(leaf) is not None
+
+
 def _present(module: nn.Module, cuts: dict[str, Cuts]) -> dict[str, Cuts]:
     return {name: cut for name, cut in cuts.items() if isinstance(getattr(module, name, None), Tensor) and cut}
-
-
-class _RMSNormPruner(torch_pruning.BasePruningFunc):  # type: ignore[misc]
-    """Tells the dependency graph that an RMSNorm's channels go straight through; nothing is ever pruned by it."""
-
-    def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.RMSNorm) -> int:
-        return int(layer.normalized_shape[-1])
-
-    get_in_channels = get_out_channels
-
-
-class _BoundedGroup(torch_pruning.dependency.group.Group):  # type: ignore[misc]
-    """A group that stops growing: where channels are tied to themselves in another order, tracing never ends."""
-
-    limit = 0
-
-    def add_dep(self, dep: Any, idxs: Any) -> None:
-        if len(self) > self.limit:
-            raise _EndlessError
-        super().add_dep(dep, idxs)
-
-
-class _EndlessError(Exception):
-    pass
-
-
-Items = list[tuple[nn.Module, str, tuple[int, ...], tuple[int, ...]]]
-
-
-def _trace(model: nn.Module, example: Input, excluded: Callable[[str], bool]) -> Iterator[tuple[nn.Module, Items]]:
-    """The coupled channels by torch-pruning: (root module, [(module, side, positions, channels)])."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    names = {module: name for name, module in model.named_modules()}
-    graph = torch_pruning.DependencyGraph()
-    traced = torch_pruning.dependency.graph
-    original = traced.Group
-    try:
-        for p in frozen:  # the graph follows autograd
-            p.requires_grad_(True)
-        with evaluating(model), warnings.catch_warnings(), torch.enable_grad(), _slopes_set_aside(model):
-            warnings.simplefilter("ignore")
-            graph.build_dependency(
-                model,
-                example_inputs=example,
-                forward_fn=call,
-                output_transform=logits,
-                customized_pruners={nn.RMSNorm: _RMSNormPruner()},
-                verbose=False,
-            )
-        _BoundedGroup.limit = 20 * len(graph.module2node) + 1000  # nested concatenations need ten a node
-        traced.Group = _BoundedGroup
-        visited: set[nn.Module] = set()
-        for root in list(graph.module2node):
-            if not isinstance(root, _ConvNd | nn.Linear | nn.Embedding) or root in visited or excluded(names[root]):
-                continue
-            pruner = graph.get_pruner_of_module(root)
-            try:
-                group = graph.get_pruning_group(root, pruner.prune_out_channels, range(pruner.get_out_channels(root)))
-            except _EndlessError:
-                raise ValueError(
-                    f"model: cannot slice {names[root]!r}: its channels are tied to themselves in another order, as "
-                    f"rotary embeddings do; exclude it by name: exclude=[{names[root]!r}]"
-                ) from None
-            items: Items = []
-            for item in group:
-                module, handler = item.dep.target.module, item.dep.handler
-                side = "in" if graph.is_in_channel_pruning_fn(handler) else "out"
-                if side == "out":
-                    visited.add(module)
-                if isinstance(module, nn.Parameter | nn.Module):
-                    items.append((module, side, tuple(item.idxs), tuple(item.root_idxs)))  # type: ignore[arg-type]
-            yield root, items
-    except ValueError:
-        raise
-    except Exception as error:  # torch-pruning raises whatever its tracing runs into
-        raise ValueError(
-            f"model: its forward cannot be traced ({_first_line(error)}); give width=(1.0,) and use depth only"
-        ) from error
-    finally:
-        traced.Group = original
-        for p in frozen:
-            p.requires_grad_(False)
-
-
-@contextmanager
-def _slopes_set_aside(model: nn.Module) -> Iterator[None]:
-    """A PReLU with one slope for all channels is any elementwise function to the graph, which cannot read its width."""
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if isinstance(child, nn.PReLU) and child.num_parameters == 1
-    ]
-    for parent, name, _ in places:
-        parent._modules[name] = nn.LeakyReLU()
-    try:
-        yield
-    finally:
-        for parent, name, child in places:
-            parent._modules[name] = child
-
-
-def _part(root: str, members: Sequence[Member]) -> list[Group]:
-    """Part coupled channels where they come from different layers: behind a concatenation each part is cut alone.
-
-    Channels belong together when the same members carry them.
-    """
-    carriers: dict[int, list[int]] = {}
-    for i, member in enumerate(members):
-        for channel in set(member.channels):
-            carriers.setdefault(channel, []).append(i)
-    parts: dict[tuple[int, ...], list[int]] = {}
-    for channel in sorted(carriers):
-        parts.setdefault(tuple(carriers[channel]), []).append(channel)
-    groups = []
-    for number, (carried_by, channels) in enumerate(parts.items()):
-        rank = {channel: i for i, channel in enumerate(channels)}
-        group = Group(root if len(parts) == 1 else f"{root}[{number}]", len(channels), 1)
-        for i in carried_by:
-            m = members[i]
-            pairs = [(p, rank[c]) for p, c in zip(m.positions, m.channels, strict=True) if c in rank]
-            group.members.append(Member(m.module, m.side, tuple(p for p, _ in pairs), tuple(c for _, c in pairs)))
-        groups.append(group)
-    return groups
-
-
-def find_stacks(model: nn.Module, example: Input) -> dict[str, int]:
-    """Names and lengths of the block lists that may be shortened; see ``Slicing``."""
-    candidates = {
-        name: list(module)
-        for name, module in model.named_modules()
-        if name  # the whole model is no part of itself
-        and isinstance(module, nn.ModuleList | nn.Sequential)
-        and len(module) > 1
-        and len({type(child) for child in module}) == 1
-        and any(True for _ in module[0].parameters())
-    }
-    runs: list[tuple[int, tuple[int, ...] | None, tuple[int, ...] | None]] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        runs.append((id(module), _shape_of((*args, *kwargs.values())), _shape_of(output)))
-
-    blocks = {id(child): child for children in candidates.values() for child in children}
-    handles = [child.register_forward_hook(note, with_kwargs=True) for child in blocks.values()]
-    with removing(handles), evaluating(model), torch.no_grad():
-        call(model, example)
-    stacks = {}
-    for name, children in candidates.items():
-        mine = [r for r in runs if r[0] in {id(c) for c in children}]
-        in_order = [r[0] for r in mine] == [id(c) for c in children]
-        if in_order and all(before is not None and before == after for _, before, after in mine[1:]):
-            stacks[name] = len(children)
-    return {name: n for name, n in stacks.items() if not any(name.startswith(f"{other}.") for other in stacks)}
-
-
-def _shape_of(value: Any) -> tuple[int, ...] | None:
-    try:
-        return tuple(first_tensor(value).shape)
-    except TypeError:
-        return None
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -980,11 +992,6 @@ def _length(runs: Runs) -> int:
     return sum(length for _, length in runs)
 
 
-def _last_wide(parameter: Tensor) -> int:
-    """The dimension that the dependency graph cuts in a bare parameter: the last one longer than 1."""
-    return max((d for d in range(parameter.ndim) if parameter.shape[d] > 1), default=parameter.ndim - 1)
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -995,3 +1002,49 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by name."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    found = module._parameters.get(leaf)
+    return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
+
+
+def _put(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in place of a network's parameters and buffers."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+        held[leaf] = tensor
+    _refresh(modules.values())
+
+
+def _refresh(modules: Iterable[nn.Module]) -> None:
+    """Recurrent layers keep a list of their weights beside the weights themselves."""
+    for module in modules:
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+
+
+def _ranks(channels: Ids) -> Ids:
+    """The number of each channel in the order in which they first appear."""
+    seen: dict[int, int] = {}
+    return np.array([seen.setdefault(int(c), len(seen)) for c in channels])
+
+
+def _drawn(group: Group, generator: torch.Generator) -> set[int]:
+    """Some whole units of a group, drawn."""
+    count = int(torch.randint(1, group.units, (), generator=generator)) if group.units > 1 else 1
+    units = torch.randperm(group.units, generator=generator)[:count].tolist()
+    return {u * group.bundle + i for u in units for i in range(group.bundle)}
+
+
+def _scaled(value: Any, units: int, full: int) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_scaled(v, units, full) for v in value)
+    if value * units % full:
+        raise ValueError(f"{value} cannot be brought to {units} of {full} units")
+    return value * units // full

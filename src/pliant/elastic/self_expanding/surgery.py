@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from pliant.core.inputs import Input, call, device_of, evaluating, logits, removing, to_device
-from pliant.core.slicing import Group, Slicing
+from pliant.core.slicing import Group, NothingToCutError, Slicing
 from pliant.elastic.self_expanding.scores import geometry_of, keeping_random_state
 
 Gaps = list[tuple[int, int]]  # where new entries go in: (before which old position, how many)
@@ -144,15 +144,15 @@ def find_sites(
     """
     example = to_device(example, device_of(model))
     try:
-        slicing = Slicing(model, example, exclude=exclude, stacks=())
+        slicing = Slicing(model, example, exclude=exclude, stacks=(), growing=True)
     except ValueError as error:
-        if "no channel group" in str(error):
-            return [], {}
         with keeping_random_state():
             counts, _ = _count_calls(model, example)
         for name, times in counts.items():  # the likelier cause, and the clearer message
             if times > 1 and isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d):
                 raise ValueError(_SHARED.format(name=name, times=times)) from error
+        if isinstance(error, NothingToCutError) and "inputs and outputs only" in str(error):
+            return [], {}
         raise
     names: dict[int, str] = {}
     tied: dict[str, str] = {}  # module -> what it shares
