@@ -28,7 +28,8 @@ from pliant import report
 from pliant.core.cost import count_parameters
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
-from pliant.core.slicing import Slicing, find_stacks
+from pliant.core.slicing import Slicing
+from pliant.core.stacks import find_stacks
 from pliant.core.training import fit
 from pliant.tasks import Task
 

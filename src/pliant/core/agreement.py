@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pliant.core.channels import Carrier, is_linear_1d
+from pliant.core.channels import Carrier
 from pliant.core.inputs import Input, call, evaluating, map_tensors, predictions, removing, step_by_step, tensors_in
+from pliant.core.labels import is_linear_1d
 
 _TOLERANCE = 2e-3  # of the largest number in the output; exchanged channels are off by a hundred times as much
 Run = Callable[[nn.Module, Input], Any]
@@ -124,13 +125,11 @@ class Agreement:
             for name in blocks:
                 handles.append(full.get_submodule(name).register_forward_hook(_skipped(instead), with_kwargs=True))
             for name, size in kernels.items():
-                weight = full.get_submodule(name).weight
-                lost = (weight.shape[-1] - size) // 2  # type: ignore[operator, union-attr]
-                border = torch.tensor(
-                    [i for i in range(size + 2 * lost) if not lost <= i < lost + size], dtype=torch.long
-                )
-                for dim in range(2, weight.ndim):  # type: ignore[operator, union-attr, arg-type]
-                    stack.enter_context(_overwritten(weight, dim, border, 0.0))  # type: ignore[arg-type]
+                weight: Any = full.get_submodule(name).weight
+                lost = (weight.shape[-1] - size) // 2
+                border = torch.tensor([i for i in range(weight.shape[-1]) if not lost <= i < lost + size]).long()
+                for dim in range(2, weight.ndim):
+                    stack.enter_context(_overwritten(weight, dim, border, 0.0))
             stack.enter_context(removing(handles))
             yield
 
@@ -179,12 +178,12 @@ def _shaken(model: nn.Module) -> nn.Module:
             continue
         size = p.abs().max().item()
         if p.std().item() < 0.05 * size or size < 1e-3:
-            p += 0.1 * noise(p) / (p[0].numel() ** 0.5 if p.ndim > 1 else 1.0)
+            p.add_(0.1 * noise(p) / (p[0].numel() ** 0.5 if p.ndim > 1 else 1.0))
     for module in full.modules():
         mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            mean += 0.1 * noise(mean)
-            var *= 1 + 0.3 * torch.tanh(noise(var))
+            mean.add_(0.1 * noise(mean))
+            var.mul_(1 + 0.3 * torch.tanh(noise(var)))
     return full
 
 

@@ -37,8 +37,9 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant.core.agreement import Agreement
-from pliant.core.channels import Carrier, Channels, Ids, Reading, is_linear_1d, is_output, read_channels
+from pliant.core.channels import Carrier, Channels, Reading, is_output, read_channels
 from pliant.core.inputs import Input, call, check_example, take
+from pliant.core.labels import Ids, is_linear_1d
 from pliant.core.stacks import find_stacks
 
 Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
@@ -350,13 +351,13 @@ class Slicing:
                     if carriers[i].side != "in" and self._makes(carriers[i]):
                         self.whole.setdefault(carriers[i].name, why[unit])
         named: dict[str, list[Group]] = {}
-        for places, units in together.items():
-            mine = [carriers[i] for i, _ in places]
+        for key, members in together.items():
+            mine = [carriers[i] for i, _ in key]
             if not any(c.side == "parameter" or (c.side == "out" and self._makes(c)) for c in mine):
                 continue  # nobody of the network makes them
             makers = [c for c in mine if c.side == "out" and self._makes(c)]
             root = (makers or [c for c in mine if c.side != "in"] or mine)[0]
-            group = self._group(root, mine, units, found, divisor)
+            group = self._group(root, mine, members, found, divisor)
             named.setdefault(group.name, []).append(group)
         order = {name: i for i, (name, _) in enumerate(self.model.named_modules())}
         for name, groups in sorted(named.items(), key=lambda item: order.get(item[0], -1)):
@@ -512,7 +513,7 @@ class Slicing:
         for number in {(g.channels, g.units) for g in groups}:
             same = [g for g in groups if (g.channels, g.units) == number]
             first = same[0]
-            trials = [range(first.bundle), range(max(1, first.units // 2) * first.bundle)]
+            trials = (range(first.bundle), range(max(1, first.units // 2) * first.bundle))
             if len(same) > 1 and all(self.check({g.name: set(kept) for g in same}) is None for kept in trials):
                 ties += [(a, b) for g in same[1:] for a, b in zip(first.ids, g.ids, strict=True)]
         return ties
@@ -594,8 +595,8 @@ class Slicing:
     def _report(self) -> None:
         """Say what keeps its width; refuse a network of which nothing can be cut."""
         reasons: dict[str, list[str]] = {}
-        for name, why in self.whole.items():
-            pattern, reason = (re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in (name, _first_line(why)))
+        for name, text in self.whole.items():
+            pattern, reason = (re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in (name, text))
             if pattern not in reasons.setdefault(reason, []):
                 reasons[reason].append(pattern)
         lines = [f"{', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}: {why}"

@@ -89,7 +89,7 @@ from pliant.core.inputs import (
     take,
     to_device,
 )
-from pliant.core.slicing import find_stacks
+from pliant.core.stacks import find_stacks
 
 Shape = tuple[int, ...]
 Blocks = str | Sequence[str] | Callable[[nn.Module], Any] | None
