@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch.nn import functional as F
 
 import pliant
 from pliant.core.cost import flops_per_sample
-from pliant.core.dynamic import Point
+from pliant.core.dynamic import Point, Value
+from pliant.core.slicing import Slicing
+from pliant.core.spaces import Axes
 from pliant.core.training import fit
 from pliant.elastic.bignas import (
     PAPER_ROWS,
@@ -77,7 +81,7 @@ _RESNET = _random_weights(_resnet(resolution=(8, 12)))
 
 
 @given(st.integers(0, 10_000), st.sampled_from(["mobile", "resnet"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_slice_is_extract_in_training_and_evaluation(seed: int, which: str) -> None:
     net = _MOBILE if which == "mobile" else _RESNET
     point = net.space.canonical(net.space.sample(torch.Generator().manual_seed(seed)))
@@ -484,9 +488,8 @@ def test_costs_of_fifty_children() -> None:
     x = net.example[:1]  # type: ignore[index]
     for _ in range(50):
         point = net.space.canonical(net.space.sample(generator))
-        net.norms.add(point, fresh=True)
-        child = net.extract(point)
-        assert net.axes.flops(point) == 2 * _counted(child, x) == flops_per_sample(child, x).total
+        child, resized = net.axes.network(point).extract(net.model), net.axes.resized(x, point)
+        assert net.axes.flops(point) == 2 * _counted(child, resized) == flops_per_sample(child, resized).total
         assert net.axes.parameters(point) == sum(p.numel() for p in child.parameters())
 
 
@@ -500,10 +503,178 @@ def test_the_papers_space() -> None:
     assert [b.project[0].out_channels for b in blocks if b.stride == 2] == [32, 48, 88, 216]  # type: ignore[index, union-attr]
     assert blocks[2].expand[0].out_channels == 24 * 6  # type: ignore[index, union-attr]
     assert isinstance(blocks[0].expand, nn.Identity)
-    rates = [b.drop.p if isinstance(b.drop, DropConnect) else 0.0 for b in blocks]
-    assert rates[-1] == pytest.approx(0.2)
-    assert rates[:-8] == [0.0] * 18
-    assert all(b > a for a, b in itertools.pairwise(rates[18:]))
+
+
+# The table of the paper, written out anew: (expansion, stride) of each stage.
+EXPANSIONS_AND_STRIDES = ((1, 1), (6, 2), (6, 2), (6, 2), (6, 1), (6, 2), (6, 1))
+
+
+def _to_eight(value: float) -> int:
+    """The multiple of 8 nearest to a size, at least 8, and the next one where that loses more than a tenth."""
+    nearest = max(8, 8 * math.floor(value / 8 + 0.5))
+    return nearest if nearest >= 0.9 * value else nearest + 8
+
+
+def _choice(point: Mapping[str, Value], name: str, alone: int) -> int:
+    return int(point.get(name, alone))
+
+
+def _layers_of_the_paper(point: Mapping[str, Value], classes: int) -> dict[str, tuple[int, int, int, int, int]]:
+    """(out, in of one filter, kernel, stride, groups) of every layer of an architecture, by the paper's table."""
+    c = int(point["stem.0.width"])
+    table = {"stem.0": (c, 3, 3, 2, 1)}
+    for s, (expansion, stride) in enumerate(EXPANSIONS_AND_STRIDES):
+        out, kernel = int(point[f"stages.{s}.width"]), _choice(point, f"stages.{s}.kernel", 3)
+        for b in range(int(point[f"stages.{s}.depth"])):
+            name, mid = f"stages.{s}.{b}", _to_eight(c * expansion)
+            squeezed = _to_eight(mid // 4)
+            if expansion > 1:
+                table[f"{name}.expand.0"] = (mid, c, 1, 1, 1)
+            table[f"{name}.depthwise.0"] = (mid, 1, kernel, stride if b == 0 else 1, mid)
+            table[f"{name}.excite.1"] = (squeezed, mid, 1, 1, 1)
+            table[f"{name}.excite.3"] = (mid, squeezed, 1, 1, 1)
+            table[f"{name}.project.0"] = (out, mid, 1, 1, 1)
+            if c != out:
+                table[f"{name}.shortcut"] = (out, c, 1, 1, 1)
+            c = out
+    head = int(point["head.0.width"])
+    return table | {"head.0": (head, c, 1, 1, 1), "classifier": (classes, head, 1, 1, 1)}
+
+
+def _macs_of_the_paper(point: Mapping[str, Value], resolution: int, classes: int) -> int:
+    """Multiply-adds of an architecture by hand: sizes halve where strides are 2, and odd ones are rounded up."""
+    total, side = 0, resolution
+    for name, (out, into, kernel, stride, _) in _layers_of_the_paper(point, classes).items():
+        side = -(-side // stride)
+        places = 1 if ".excite." in name or name == "classifier" else side * side
+        total += out * into * kernel * kernel * places
+    return total
+
+
+@functools.cache
+def _papers_axes() -> Axes:
+    torch.manual_seed(0)
+    model, x = MobileNet(10), torch.randn(2, 3, 32, 32)
+    choices = model.choices()
+    slicing = Slicing(model, x, divisor=choices.pop("divisor"), stacks=choices.pop("stacks"))
+    return Axes(slicing, x, **choices)
+
+
+def _layers_of_the_child(point: Point) -> dict[str, tuple[int, int, int, int, int]]:
+    axes = _papers_axes()
+    network = axes.network(point)
+    views = network.views(axes.slicing.model)
+    found = {}
+    for name, module in network.modules.items():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            out, into, *kernel = views[f"{name}.weight"].shape
+            if isinstance(module, nn.Conv2d):
+                assert (out, into) == (module.out_channels, module.in_channels // module.groups)
+                assert module.kernel_size == tuple(kernel)
+                assert module.padding == tuple(k // 2 for k in kernel)
+                found[name] = (out, into, kernel[0], module.stride[0], module.groups)
+            else:
+                found[name] = (out, into, 1, 1, 1)
+    return found
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_every_layer_of_every_child_has_the_size_of_the_paper(seed: int) -> None:
+    axes = _papers_axes()
+    point = axes.space.canonical(axes.space.sample(torch.Generator().manual_seed(seed)))
+    assert _layers_of_the_child(point) == _layers_of_the_paper(point, 10)
+    assert axes.flops(point) == 2 * _macs_of_the_paper(point, 32, 10)
+
+
+def _directly(point: Mapping[str, Value], classes: int) -> MobileNet:
+    """The network that has the sizes of ``point`` as its full ones, without weights."""
+    rows = [
+        Row(
+            (int(point[f"stages.{s}.width"]),), (int(point[f"stages.{s}.depth"]),),
+            (_choice(point, f"stages.{s}.kernel", 3),), expansion, stride,
+        )
+        for s, (expansion, stride) in enumerate(EXPANSIONS_AND_STRIDES)
+    ]  # fmt: skip
+    stem, head = ((int(point[f"{name}.0.width"]),) for name in ("stem", "head"))
+    with torch.device("meta"):
+        return MobileNet(classes, rows=rows, stem=stem, head=head)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=10, deadline=None)
+def test_a_child_is_shaped_like_the_network_built_at_its_sizes(seed: int) -> None:
+    axes = _papers_axes()
+    point = axes.space.canonical(axes.space.sample(torch.Generator().manual_seed(seed)))
+    views = axes.network(point).views(axes.slicing.model)
+    direct = _directly(point, 10)
+    assert {n: t.shape for n, t in views.items()} == {n: t.shape for n, t in direct.state_dict().items()}
+
+
+def test_the_smallest_and_the_largest_child_cost_what_the_paper_says() -> None:
+    """From about 200 million multiply-adds at 192 pixels to the largest at 320, for the 1,000 classes of ImageNet."""
+    space = _papers_axes().space
+    for point, resolution, macs in (
+        (space.smallest, 192, 219_382_144), (space.smallest, 320, 603_388_288),
+        (space.largest, 192, 691_137_024), (space.largest, 320, 1_899_778_560),
+    ):  # fmt: skip
+        assert _macs_of_the_paper(point, resolution, 1000) == macs
+        x = torch.empty(1, 3, resolution, resolution, device="meta")
+        assert _counted(_directly(point, 1000).eval(), x) == macs
+    axes, x = _papers_axes(), torch.empty(1, 3, 192, 192, device="meta")
+    child = axes.network(space.smallest).extract(axes.slicing.model).to("meta")
+    assert _counted(child, x) == 219_382_144 - 990 * 1280  # it has 10 classes
+
+
+def test_a_chosen_expansion_keeps_the_rules_of_the_block() -> None:
+    net = _mobile(expansion=(0.5, 0.8, 1.0))
+    assert "stages.0.expansion" not in net.space.coordinates  # its blocks do not expand
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        point = net.space.canonical(net.space.sample(generator))
+        sizes, c = net.axes.sizes(point), int(point["stem.0.width"])
+        for s, row in enumerate(ROWS):
+            for b in range(row.depth[-1]):
+                e = float(point.get(f"stages.{s}.expansion", 1.0))  # type: ignore[arg-type]
+                mid = _to_eight(round(c * row.expand * e))
+                made = {m.module: sizes[g.name] for g in net.axes.slicing.groups for m in g.members if m.side == "out"}
+                assert made[f"stages.{s}.{b}.excite.3"] == mid
+                assert made[f"stages.{s}.{b}.excite.1"] == _to_eight(mid // 4)
+                c = int(point[f"stages.{s}.width"])
+
+
+def test_networks_of_one_size_may_keep_their_width() -> None:
+    rows = (Row((16,), (1,), (3,), 1, 1), Row((16,), (2,), (3,), 4, 2))
+    model = MobileNet(5, 2, rows=rows, stem=(16,), head=(32,), stem_stride=1)
+    assert model.choices()["width"] == {}
+    with pytest.raises(ValueError, match="rows: stage 0 and what is before it both have 16 channels"):
+        MobileNet(rows=(Row((8, 16), (1,), (3,), 1, 1), *rows[1:]), stem=(16,))
+
+
+def test_drop_connect_acts_around_the_identities_of_the_last_two_stages() -> None:
+    """Block i of 26, counted from 0, drops with 0.2 i / 26; the first of a stage has no identity around it."""
+    net = MobileNet(10).train()
+    blocks = {n: m for n, m in net.named_modules() if isinstance(m, MBConv)}
+    rates = [b.drop.p if isinstance(b.drop, DropConnect) else 0.0 for b in blocks.values()]
+    assert rates == pytest.approx([0.0] * 18 + [0.2 * i / 26 for i in range(18, 26)])
+    seen: list[str] = []
+    for name, block in blocks.items():
+        block.drop.register_forward_hook(lambda m, a, o, name=name: seen.append(name))
+    net(torch.randn(2, 3, 32, 32))
+    acting = [name for name in seen if isinstance(blocks[name].drop, DropConnect)]
+    assert acting == [f"stages.5.{b}" for b in range(1, 6)] + ["stages.6.1"]
+
+
+def test_drop_connect_looks_at_the_active_widths() -> None:
+    """Where a child's widths agree at a stride of 1 the first block of a stage has an identity around it, too."""
+    rows = (Row((16, 24), (1,), (3,), 2, 1), Row((16, 32), (1,), (3,), 2, 1))
+    model = MobileNet(5, 2, rows=rows, stem=(8,), head=(32,), stem_stride=1, dropout=0.0, drop_connect=0.9)
+    net = BigNAS(model, torch.randn(4, 2, 8, 8), **model.choices()).train()
+    x, _ = _batch(net, 64)
+    for widths, random in (((16, 16), True), ((24, 16), False), ((24, 32), False)):
+        point = Point(**{**net.space.largest, "stages.0.width": widths[0], "stages.1.width": widths[1]})
+        with torch.no_grad():
+            assert torch.equal(net._run(point, x), net._run(point, x)) is not random
 
 
 # -- 11, 12: the search ---------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +23,7 @@ from pliant.core.frontier import measure
 from pliant.core.persistence import load, save
 from pliant.core.slicing import make_divisible
 from pliant.core.training import fit
+from pliant.elastic.bignas import MobileNet, Row
 from pliant.elastic.proard import (
     AccRobPredictor,
     ElasticResNet,
@@ -742,15 +745,100 @@ def test_13_pareto_and_bad_searches(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- 14 ---------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def papers_network() -> ProARD:
+    torch.manual_seed(0)
+    model = ElasticResNet().eval()
+    return ProARD(model, torch.rand(1, 3, 8, 8), offer=2, **model.axes())
+
+
+def to_eight(value: float) -> int:
+    """The multiple of 8 nearest to a size, at least 8, and the next one where that loses more than a tenth."""
+    nearest = max(8, 8 * math.floor(value / 8 + 0.5))
+    return nearest if nearest >= 0.9 * value else nearest + 8
+
+
+def layers_by_the_rule(point: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The weights of every convolution and linear layer of an architecture; an expansion multiplies what a block makes.
+
+    The multipliers behind the widths are looked up, so that all sizes come from 64, 32, 256, ... and 0.65, 0.8, 1.
+    """
+
+    def width(name: str, full: int) -> int:
+        sizes = {to_eight(full * w) for w in (0.65, 0.8, 1.0)}
+        assert point[f"{name}.width"] in sizes
+        return int(point[f"{name}.width"])
+
+    mid, c = width("stem1.0", 32), width("stem2.0", 64)
+    table: dict[str, tuple[int, ...]] = {"stem1.0": (mid, 3, 3, 3), "stem2.0": (c, mid, 3, 3)}
+    if point["stem_residual.depth"]:
+        table["stem_residual.0.conv.0"] = (mid, mid, 3, 3)
+    for s, full in enumerate((256, 512, 1024, 2048)):
+        out = width(f"stages.{s}", full)
+        for b in range(int(point[f"stages.{s}.depth"])):
+            inner, name = to_eight(round(out * float(point[f"stages.{s}.{b}.expansion"]))), f"stages.{s}.{b}"
+            table[f"{name}.conv1.0"] = (inner, c, 1, 1)
+            table[f"{name}.conv2.0"] = (inner, inner, 3, 3)
+            table[f"{name}.conv3.0"] = (out, inner, 1, 1)
+            if b == 0:
+                table[f"{name}.shortcut.0"] = (out, c, 1, 1)
+            c = out
+    return table | {"head": (10, c)}
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**31))
+def test_14_every_layer_of_every_student_has_the_size_of_the_rule(seed: int) -> None:
+    net = papers_network()
+    point = sample(net.space, 1, seed)[0]
+    expected = layers_by_the_rule(point)
+    views = net.axes.network(point).views(net.model)
+    assert {n.removesuffix(".weight"): tuple(t.shape) for n, t in views.items() if t.ndim > 1} == expected
+
+
+def test_14_students_cost_what_the_rule_gives() -> None:
+    net = papers_network()
+    for point in (net.space.smallest, *sample(net.space, 2)):
+        macs, side = 0, 8
+        for name, shape in layers_by_the_rule(point).items():  # as they run; a shortcut ends where its block does
+            stride = 2 if name in [f"stages.{s}.0.conv2.0" for s in (1, 2, 3)] else 1
+            side = 1 if name == "head" else -(-side // stride)
+            macs += math.prod(shape) * side * side
+        assert net.flops(point) == 2 * macs
+
+
+def test_14_mobile_networks_expand_what_enters_the_block() -> None:
+    """relative="in" with the rule of Once-for-all's mobile blocks, make_divisible(round(entering * expansion))."""
+    rows = (Row((16, 24), (1, 2), (3,), 1, 1), Row((24, 40), (1, 2), (3, 5), 6, 2))
+    torch.manual_seed(0)
+    model = MobileNet(4, 1, rows=rows, stem=(16, 32), head=(32,), stem_stride=1)
+    choices = {**model.choices(), "expansion": (3, 4, 6), "per_block": ("expansion",)}
+    net = ProARD(model, X[:2], attack_steps=1, relative="in", inner="md", **choices)
+    assert not any(n.startswith("stages.0.") and n.endswith("expansion") for n in net.space.coordinates)
+    for point in sample(net.space, 40):
+        views = net.axes.network(point).views(net.model)
+        made = {n.removesuffix(".weight"): len(t) for n, t in views.items() if t.ndim > 1}
+        c = int(point["stem.0.width"])
+        for s in (0, 1):
+            for b in range(int(point[f"stages.{s}.depth"])):
+                name, e = f"stages.{s}.{b}", float(point.get(f"stages.{s}.{b}.expansion", 1))
+                mid = to_eight(round(c * e))
+                assert made[f"{name}.depthwise.0"] == made[f"{name}.excite.3"] == mid
+                assert made.get(f"{name}.expand.0", mid) == mid
+                assert made[f"{name}.excite.1"] == to_eight(mid // 4)
+                c = made[f"{name}.project.0"]
+                assert c == point[f"stages.{s}.width"]
+
+
 def test_14_sizes_of_the_paper() -> None:
     table = {64: (40, 48, 64), 256: (168, 208, 256), 512: (336, 408, 512), 1024: (664, 816, 1024),
              2048: (1328, 1640, 2048), 32: (24, 24, 32)}  # fmt: skip
     for full, sizes in table.items():
         assert tuple(make_divisible(full * w, 8) for w in (0.65, 0.8, 1.0)) == sizes
-    model = ElasticResNet().eval()
-    assert sum(len(s) for s in model.stages) == 18  # type: ignore[arg-type]
-    assert [len(s) for s in model.stages] == [4, 4, 6, 4]  # type: ignore[arg-type]
-    net = ProARD(model, torch.rand(1, 3, 8, 8), offer=2, **model.axes())
+    net = papers_network()
+    model: Any = net.model
+    assert sum(len(s) for s in model.stages) == 18
+    assert [len(s) for s in model.stages] == [4, 4, 6, 4]
     choices = {n: c.choices for n, c in net.space.coordinates.items()}
     widths = {n: c for n, c in choices.items() if n.endswith("width")}
     assert list(widths.values()) == [(24, 32), (40, 48, 64), *(table[n] for n in (256, 512, 1024, 2048))]
@@ -759,11 +847,6 @@ def test_14_sizes_of_the_paper() -> None:
     assert sum(n.endswith("expansion") for n in choices) == 18
     product = 3**5 * 2 * 2 * (9 + 27 + 81) ** 3 * (81 + 243 + 729)
     assert net.space.size == product  # 6 widths of which two coincide, and idle blocks counted once
-    for w in net.space.coordinates["stages.1.width"].choices:
-        for e in (0.2, 0.25, 0.35):
-            point = net.space.check({**net.space.largest, "stages.1.width": w, "stages.1.0.expansion": e})
-            mid = make_divisible(round(int(w) * e), 8)
-            assert net.axes.sizes(point)["stages.1.0.conv1.0"] == net.axes.sizes(point)["stages.1.0.conv2.0"] == mid
     assert net.flops(net.space.smallest) < net.flops(net.space.largest)
 
 

@@ -6,13 +6,23 @@ cross over, encode, restrict). It knows nothing of networks.
 ``Axes`` lays a space over a network that ``Slicing`` has read:
 
     width       channels of the residual stream of a stage: channel groups that reach beyond one block
-    expansion   inner channels of a block, as a share of the full ratio to the stream; groups inside one block
+    expansion   inner channels of a block, as a share of the full ratio to the stream; groups inside one block that are
+                made of channels from outside of it
     depth       blocks of a stage: its first ones
     kernel      filter size of the convolutions of a stage: the centre of the full filters
     resolution  height of the input image; the width follows in proportion
 
 A *stage* is a stack of blocks (``find_stacks``). Channels outside of all stages (a stem, a wide head) are stages of
 their own, with a width and nothing else. All blocks of a stage share their choices unless ``per_block`` says otherwise.
+
+All other inner channels follow: a second inner layer the first, and the bottleneck of a squeeze-and-excitation the
+channels that it weighs, wherever these are, at the ratio of the full network. Where a network has a rule instead of a
+ratio, its modules tell it. The nearest module around a layer that has a method
+
+    inner_width(layer, channels, share) -> int | None
+
+is asked how many channels ``layer`` (its name in that module) makes when ``channels`` enter it, ``share`` being the
+chosen expansion as a share of the full one, and 1 for channels that follow. None stands for the ratio.
 """
 
 from __future__ import annotations
@@ -32,6 +42,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Point, Value
+from pliant.core.feeds import Feed, Feeds
 from pliant.core.inputs import (
     Input,
     device_of,
@@ -242,6 +253,18 @@ class Stage:
     kernels: dict[int, dict[str, int]] = field(default_factory=dict)  # by block: convolution -> full filter size
 
 
+@dataclass(frozen=True)
+class _Inner:
+    """How the channels of one inner group come about; ``Axes`` keeps these in the order in which they are known."""
+
+    group: Group
+    place: tuple[str, int] | None  # stage and block; None: a squeeze-and-excitation outside of all blocks
+    feed: Feed | None  # what its channels are made of
+    source: Feed | None  # what they are a share of
+    scaled: bool  # by the expansion of its block
+    bound: Group | None = None  # a grouped convolution keeps it at the share of that group
+
+
 class Axes:
     """The axes of a network and the space that they span.
 
@@ -252,10 +275,12 @@ class Axes:
         depth: shares of the blocks of every stage, 1 among them; or {stage: numbers of blocks} for some.
         kernel: odd filter sizes. A convolution whose full size is among them, and not the least, can shrink.
         expansion: shares of the full ratio of inner channels to the stream's, 1 among them; with ``inner`` the ratios.
+            Inner channels that are made of other inner ones keep their full ratio to them.
         resolution: heights of the input.
         per_block: axes ("kernel", "expansion") whose choice is made block by block.
         relative: what the expansion multiplies: the channels that enter the block ("in") or its stage's ("out").
-        inner: ``inner(channels, expansion)``: the inner channels, where a published network has a rule of its own.
+        inner: ``inner(channels, expansion)``: the inner channels, where a published network has a rule of its own; it
+            goes before the rules of the network's modules (``inner_width``, see above).
 
     None for width, depth or expansion stands for a default where the network can change along it, and for nothing where
     it cannot.
@@ -294,7 +319,9 @@ class Axes:
         self.full_expansion = max(expansion, default=1.0)
         self.example = take(example, slice(0, 1))
         example = take(example, slice(0, 2))
+        self._feeds = Feeds(slicing, example, self._place)
         self.stages = self._find_stages(_check_kernels(kernel))
+        self._inner = self._order_inner()
         self._networks: OrderedDict[Point, SubNetwork] = OrderedDict()
         self._flops: dict[Point, int] = {}
         coordinates = self._resolutions(resolution, example)
@@ -305,7 +332,8 @@ class Axes:
             coordinates += [Coordinate(f"{name}.depth", "depth", depths[name])] if len(depths[name]) > 1 else []
             filters = {i: tuple(k for k in sorted(set(kernel)) if k <= max(found.values()))
                        for i, found in stage.kernels.items()}  # fmt: skip
-            swelling: dict[int, tuple[Value, ...]] = dict.fromkeys(stage.inner, tuple(ratios))
+            scaled = [i.place[1] for i in self._inner if i.scaled and i.place is not None and i.place[0] == name]
+            swelling: dict[int, tuple[Value, ...]] = dict.fromkeys(scaled, tuple(ratios))
             for axis, by_block in (("kernel", filters), ("expansion", swelling)):
                 coordinates += self._inside(stage, axis, by_block, axis in per_block, depths[name])
         self.space = Space(coordinates)
@@ -356,6 +384,8 @@ class Axes:
             if len(places) == 1 and (place := next(iter(places))) is not None:
                 stages[place[0]].inner.setdefault(place[1], []).extend(cluster)
                 continue
+            if all(self._feeds.first[g.name] in self._feeds.gates for g in cluster):
+                continue  # it follows the channels that it weighs
             name = self._home(cluster, order)
             stages.setdefault(name, Stage(name)).width.extend(sorted(cluster, key=lambda g: -g.channels))
         for stage in stages.values():
@@ -369,7 +399,6 @@ class Axes:
                 full = module.kernel_size[0]
                 if full > least and all(can_crop(module, k) for k in kernel if k <= full):
                     stages[place[0]].kernels.setdefault(place[1], {})[name] = full
-        self._feeders = self._find_feeders()
         return dict(sorted(stages.items(), key=lambda s: order.get(s[0], -1)))
 
     def _home(self, cluster: Sequence[Group], order: Mapping[str, int]) -> str:
@@ -386,15 +415,69 @@ class Axes:
             return stack
         return min((n for n in made if self._place(n) is None), key=lambda n: order.get(n, 0))
 
-    def _find_feeders(self) -> dict[str, Group | None]:
-        """For each group, the group whose channels enter the layer that makes it."""
-        into = {m.module: g for g in self.slicing.groups for m in g.members if m.side == "in"}
-        feeders: dict[str, Group | None] = {}
-        for group in self.slicing.groups:
-            makers = [m.module for m in group.members if m.side == "out"]
-            found = [into[name] for name in makers if name in into and into[name] is not group]
-            feeders[group.name] = found[0] if found else None
-        return feeders
+    def _order_inner(self) -> list[_Inner]:
+        """What sizes each inner group, every group after those that it follows."""
+        first, gates = self._feeds.first, self._feeds.gates
+        outside = {g.name: g for g in self._feeds.groups if g.name in gates}
+        blocks: list[tuple[tuple[str, int] | None, list[Group]]] = []
+        for name, stage in self.stages.items():
+            for block, inside in sorted(stage.inner.items()):
+                blocks.append(((name, block), [g for g in inside if first[g.name] == g.name]))
+                outside = {n: g for n, g in outside.items() if n not in {i.name for i in inside}}
+        found: list[_Inner] = []
+        for place, groups in [*blocks, (None, list(outside.values()))]:
+            waiting = {g.name: g for g in groups}
+            inside_names = set(waiting)
+            while waiting:
+                ready = {name: f for name, g in waiting.items() if (f := self._choose(g, place, waiting, inside_names))}
+                name = next(iter(ready), next(iter(waiting)))
+                entry = self._size_by(waiting.pop(name), place, ready.get(name), inside_names)
+                found.append(entry)
+                for mate in [n for n in waiting if n in entry.group.linked]:
+                    found.append(replace(entry, group=waiting.pop(mate), bound=entry.group))
+        for entry in found:
+            self._check_rule(entry)
+        return found
+
+    def _choose(
+        self, group: Group, place: tuple[str, int] | None, waiting: Mapping[str, Group], inside: set[str]
+    ) -> Feed | None:
+        """The maker that tells the size of ``group``: none that reads channels whose own size is not known yet.
+
+        One that reads channels from outside the block goes before all others, then one that reads the stage's own,
+        then the one that is applied at the most places (a convolution before what is added to each of its channels).
+        """
+        own = {g.name for g in self.stages[place[0]].width} if place is not None else set()
+
+        def rank(feed: Feed) -> tuple[bool, bool, int]:
+            names = {g.name for g, _ in feed.groups}
+            return not names & inside, bool(names & own), feed.places
+
+        known = [f for f in self._feeds.feeds[group.name] if not any(g.name in waiting for g, _ in f.groups)]
+        return max(known, key=rank, default=None)
+
+    def _size_by(self, group: Group, place: tuple[str, int] | None, feed: Feed | None, inside: set[str]) -> _Inner:
+        """The entry of ``group``: whether it is scaled by the expansion, and what it is a share of."""
+        entering = {g.name for g, _ in feed.groups} if feed is not None else set()
+        scaled = group.name not in self._feeds.gates and (not entering or bool(entering - inside))
+        source = feed.only(entering - inside) if feed is not None and scaled else feed
+        if scaled and self.relative == "out" and place is not None and self.stages[place[0]].width:
+            main = self.stages[place[0]].width[0]
+            source = Feed("", ((main, main.channels),), main.channels, 0)
+        return _Inner(group, place, feed, source, scaled)
+
+    def _check_rule(self, entry: _Inner) -> None:
+        """The rule that sizes a group must give its full size in the full network."""
+        if entry.bound is not None:
+            return
+        group, size = entry.group, self._inner_size(entry, {}, self.full_expansion)
+        if size == group.channels:
+            return
+        gives = f"it gives {size} channels for the full network's {group.name!r}, which has {group.channels}"
+        if self.inner is not None and entry.scaled:
+            raise ValueError(f"inner: {gives}")
+        layer = entry.feed.layer if entry.feed is not None else group.name
+        raise ValueError(f"model: inner_width of a module around {layer!r} is wrong: {gives}")
 
     def _resolutions(self, resolution: Sequence[int], example: Input) -> list[Coordinate]:
         if not resolution:
@@ -488,35 +571,39 @@ class Axes:
                 main = stage.width[0]
                 channels = int(point.get(f"{name}.width", main.channels))
                 found[group.name] = channels if group is main else _size(group, channels / main.channels)
-        for name, stage in self.stages.items():
-            for block, groups in stage.inner.items():
-                e = point.get(f"{name}.{block}.expansion", point.get(f"{name}.expansion", self.full_expansion))
-                inside = {g.name for g in groups}
-                done: dict[frozenset[str], float] = {}
-                for group in groups:
-                    if group.linked in done:  # bound by a grouped convolution: the same share of it
-                        found[group.name] = round(group.channels * done[group.linked])
-                        continue
-                    feeder = self._feeders[group.name]
-                    follows = feeder is not None and feeder.name in inside and feeder.name in found
-                    source = feeder if follows or self.relative == "in" or not stage.width else stage.width[0]
-                    found[group.name] = self._inner_size(group, source, found, float(e), follows)
-                    done[group.linked] = found[group.name] / group.channels
+        for entry in self._inner:
+            group, bound = entry.group, entry.bound
+            if bound is not None:
+                found[group.name] = group.channels * found[bound.name] // bound.channels
+                continue
+            name, block = entry.place if entry.place is not None else ("", 0)
+            e = point.get(f"{name}.{block}.expansion", point.get(f"{name}.expansion", self.full_expansion))
+            found[group.name] = min(group.channels, self._inner_size(entry, found, float(e)))
+        found.update({name: found[same] for name, same in self._feeds.first.items() if same in found})
         return found
 
-    def _inner_size(self, group: Group, source: Group | None, found: Mapping[str, int], e: float, follows: bool) -> int:
-        """Channels of an inner group: its full ratio to ``source``, times the expansion unless it follows another."""
-        active = found.get(source.name, source.channels) if source is not None else 0
-        if self.inner is not None and source is not None and not follows:
-            size = self.inner(active, e)
-            full = self.inner(source.channels, self.full_expansion)
-            if full != group.channels:
-                raise ValueError(
-                    f"inner: it gives {full} channels for the full network's {group.name!r}, which has {group.channels}"
-                )
-            return min(size, group.channels)
-        share = active / source.channels if source is not None else 1.0
-        return _size(group, share if follows else share * e / self.full_expansion)
+    def _inner_size(self, entry: _Inner, found: Mapping[str, int], e: float) -> int:
+        """Channels of an inner group where the ones that enter it are ``found``, at expansion ``e``."""
+        group, feed, source = entry.group, entry.feed, entry.source
+        share = e / self.full_expansion if entry.scaled else 1.0
+        if self.inner is not None and source is not None and entry.scaled:
+            return self.inner(source.active(found), e)
+        if feed is not None and (size := self._told(feed, feed.active(found), share)) is not None:
+            return size
+        wanted = group.channels * share
+        if source is not None and source.channels:
+            wanted = wanted * source.active(found) / source.channels
+        return make_divisible(wanted, group.bundle)
+
+    def _told(self, feed: Feed, channels: int, share: float) -> int | None:
+        """What the nearest module around a layer says about the channels that the layer makes."""
+        path = feed.layer.split(".")
+        for i in range(len(path) - 1, -1, -1):
+            rule = getattr(self.slicing.model.get_submodule(".".join(path[:i])), "inner_width", None)
+            if callable(rule):
+                told: int | None = rule(".".join(path[i:]), channels, share)
+                return told
+        return None
 
     def depths(self, point: Mapping[str, Value]) -> dict[str, int]:
         """Kept blocks of every stack at ``point``."""

@@ -651,7 +651,10 @@ PAPER_ROWS = (
 
 
 class MobileNet(nn.Module):
-    """The paper's super-network (table of the specification), at its largest: a plain network of ``MBConv`` blocks.
+    """The paper's super-network at its largest: a plain network of ``MBConv`` blocks.
+
+    ``BigNAS`` cuts children out of it whose layers have the sizes that they have in a ``MobileNet`` of the child's own
+    widths, depths and kernels.
 
     Args:
         classes: outputs.
@@ -661,7 +664,8 @@ class MobileNet(nn.Module):
         head: choices of channels of the last 1x1 convolution.
         stem_stride: 2 in the paper; 1 for small images.
         dropout: before the classifier.
-        drop_connect: of the last block; it grows linearly over the blocks of the last two stages.
+        drop_connect: block i of all n, counted from 0, drops with ``drop_connect * i / n`` if it belongs to the last
+            two stages and its shortcut is the identity.
         divisor: of the channels.
 
     Shapes: (B, in_channels, H, W) -> (B, classes).
@@ -684,7 +688,7 @@ class MobileNet(nn.Module):
         if not rows:
             raise ValueError("rows: a MobileNet needs one stage at least")
         for i, (before, after) in enumerate(pairwise([stem, *(r.channels for r in rows)])):
-            if before[-1] == after[-1]:  # an identity would tie the channels of the two
+            if before[-1] == after[-1] and len({*before, *after}) > 1:  # an identity would tie the channels of the two
                 raise ValueError(
                     f"rows: stage {i} and what is before it both have {after[-1]} channels; let them differ"
                 )
@@ -699,11 +703,11 @@ class MobileNet(nn.Module):
         for row in rows:
             stage = []
             for i in range(row.depth[-1]):
-                index += 1
-                drop = drop_connect * index / total if index > late else 0.0
+                drop = drop_connect * index / total if index >= late else 0.0
                 block = MBConv(
                     channels, row.channels[-1], row.kernel[-1], row.expand, row.stride if i == 0 else 1, drop, divisor
                 )
+                index += 1
                 stage.append(block)
                 channels = row.channels[-1]
             stages.append(nn.Sequential(*stage))
@@ -729,8 +733,9 @@ class MobileNet(nn.Module):
         """``BigNAS``'s arguments for the choices of the rows: width, depth, kernel, divisor, stacks."""
         stages = {f"stages.{i}": row for i, row in enumerate(self.rows)}
         width: dict[str, Sequence[int]] = {"stem.0": self.stem_choices, "head.0": self.head_choices}
+        width |= {name: row.channels for name, row in stages.items()}
         return {
-            "width": width | {name: row.channels for name, row in stages.items()},
+            "width": {name: channels for name, channels in width.items() if len(channels) > 1},
             "depth": {name: row.depth for name, row in stages.items()},
             "kernel": tuple(sorted({k for row in self.rows for k in row.kernel})),
             "expansion": (1.0,),
@@ -744,6 +749,7 @@ class MBConv(nn.Module):
 
     The shortcut is the identity where stride and width allow; else a 2x2 average pool for stride 2 (one row and column
     of zeros before an odd size), then a 1x1 convolution without normalisation where the *active* widths differ.
+    Drop-connect acts around an identity alone. All inner channels are multiples of ``divisor``, see ``inner_width``.
 
     Shapes: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -759,8 +765,8 @@ class MBConv(nn.Module):
         divisor: int = 8,
     ) -> None:
         super().__init__()
-        self.stride = stride
-        mid = make_divisible(in_channels * expand, divisor) if expand > 1 else in_channels
+        self.stride, self.ratio, self.divisor = stride, expand, divisor
+        mid = self.inner_width("expand.0", in_channels) if expand > 1 else in_channels
         self.expand = (
             nn.Sequential(nn.Conv2d(in_channels, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.SiLU())
             if expand > 1
@@ -771,7 +777,7 @@ class MBConv(nn.Module):
             nn.BatchNorm2d(mid),
             nn.SiLU(),
         )
-        reduced = make_divisible(mid // 4, divisor)
+        reduced = self.inner_width("excite.1", mid)
         self.excite = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(mid, reduced, 1), nn.SiLU(), nn.Conv2d(reduced, mid, 1), nn.Sigmoid()
         )
@@ -784,10 +790,21 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         y = self.depthwise(self.expand(x))
-        y = self.drop(self.project(y * self.excite(y)))
+        y = self.project(y * self.excite(y))
+        if self.stride == 1 and isinstance(self.shortcut, nn.Identity):
+            y = self.drop(y)
         if self.stride > 1:
             x = F.avg_pool2d(F.pad(x, (x.shape[3] % 2, 0, x.shape[2] % 2, 0)), 2)
         return self.shortcut(x) + y  # type: ignore[no-any-return]
+
+    def inner_width(self, layer: str, channels: int, share: float = 1.0) -> int:
+        """The channels that ``layer`` makes of ``channels``: the expansion's ("expand.0") or the squeeze's.
+
+        ``share`` is the part of the full expansion that is in use.
+        """
+        if layer == "expand.0":
+            return make_divisible(round(channels * self.ratio * share), self.divisor)
+        return make_divisible(channels // 4, self.divisor)
 
     def after_slicing(self) -> None:
         """Where the active widths agree the shortcut is the identity."""
