@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LSTM with projections.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.triangular_solve:UserWarning"),
 ]
 T = torch.randn
 B, L, S, E, H, FF = 2, 6, 7, 8, 2, 20  # batch, queries, keys, width, heads, hidden units
@@ -605,7 +606,9 @@ def test_formulas_of_operators_of_other_machines() -> None:
     """Called with the arguments of their schemas, on shapes by hand: cuDNN's recurrent layer and its relatives."""
 
     def flops(name: str, *args: Any, result: Any = None, **options: Any) -> float:
-        operator = getattr(torch.ops.aten, name).default
+        space, _, base = name.rpartition("::")
+        packet = getattr(getattr(torch.ops, space or "aten"), base)
+        operator = getattr(packet, packet.overloads()[0])
         return sum(f for f, _ in formula_of(operator)(*args, **options, result=result))  # type: ignore[misc]
 
     weights = [T(24, 4), T(24, 6), T(24), T(24)]
@@ -631,3 +634,55 @@ def test_formulas_of_operators_of_other_machines() -> None:
     groups = torch.tensor([2, 7], dtype=torch.int32)
     assert flops("_grouped_mm", T(7, 3), T(2, 3, 5), groups) == 2 * 7 * 3 * 5
     assert flops("_weight_int4pack_mm", T(3, 8), torch.zeros(1, dtype=torch.int32), 32, T(1), result=T(3, 5)) == 240
+    assert flops("_efficient_attention_backward", q, q, k, k, None, q, None, None, 6, 5) == backward
+    assert flops("_lstm_mps", SEQ, [], weights) == recurrent(4, 15, 4, 6)
+    x, a, b = T(5, 8), T(4, 8), T(8, 3)
+    for name in ("_sparse_semi_structured_mm", "_sparse_semi_structured_addmm"):  # half of 16 columns is stored
+        first = (T(3),) if "addmm" in name else ()
+        assert flops(name, *first, a, torch.zeros(1), T(16, 3)) == 2 * 4 * 8 * 3
+    assert flops("_sparse_semi_structured_linear", T(5, 16), a, torch.zeros(1)) == 2 * 5 * 4 * 8
+    assert flops("inductor::_mm_plus_mm", a, b, T(4, 2), T(2, 3)) == 2 * 4 * 8 * 3 + 2 * 4 * 2 * 3
+    assert flops("mkldnn_linear_backward", x, T(5, 4), a, [True, True, True]) == 2 * 2 * 5 * 4 * 8
+    assert flops("mkldnn_linear_backward", x, T(5, 4), a, [False, True, True]) == 2 * 5 * 4 * 8
+    assert flops("mkldnn_linear_backward_input", [5, 8], T(5, 4), a) == 2 * 5 * 4 * 8
+    assert flops("mkldnn_linear_backward_weights", T(5, 4), x, a, True) == 2 * 5 * 4 * 8
+    conv = CASES["conv2d, groups"][2]
+    assert flops("mkldnn::_convolution_pointwise", IMAGE, w, T(6), [0, 0], [1, 1], [1, 1], 2, "", result=out) == conv
+    assert flops("mkldnn::_convolution_pointwise", IMAGE, out, w, T(6), [0, 0], [1, 1], result=out) == conv
+    assert flops("mkldnn::_convolution_pointwise_", out, IMAGE, w, T(6), [0, 0], [1, 1], result=out) == conv
+    assert flops("onednn::qconv_pointwise", IMAGE, 1.0, 0, w, T(1), result=out) == conv
+    assert flops("slow_conv_transpose2d", IMAGE, T(4, 6, 3, 3), [3, 3]) == CASES["transposed 2d"][2]
+
+    class Packed:
+        def __init__(self, weight: Tensor) -> None:
+            self.weight = weight
+
+        def unpack(self) -> tuple[Tensor, None]:
+            return self.weight, None
+
+    for name in ("conv1d", "conv2d", "conv3d"):
+        assert flops(f"quantized::{name}", IMAGE, Packed(w), result=out) == conv
+    assert flops("quantized::conv_transpose2d", IMAGE, Packed(T(4, 6, 3, 3)), result=out) == CASES["transposed 2d"][2]
+    state, cell = T(3, 6), "quantized::quantized_{}_cell_dynamic"
+    assert flops(cell.format("lstm"), SEQ[0], [state, state]) == recurrent(4, 3, 4, 6)
+    assert flops(cell.format("gru"), SEQ[0], state) == recurrent(3, 3, 4, 6)
+    assert flops(cell.format("rnn_tanh"), SEQ[0], state) == recurrent(1, 3, 4, 6)
+    options = (True, 2, 0.0, False, True, False)
+    gru = flops("quantized_gru", SEQ, T(4, 3, 6), [], *options, result=(T(5, 3, 12), T(4, 3, 6)))
+    assert gru == recurrent(3, 15, 4, 6, 2, 2)
+
+
+def test_rarer_operators_as_they_run() -> None:
+    square, sides = torch.eye(6), T(6, 3)
+    factor, pivots = torch.linalg.lu_factor(square)
+    for function, expected in (
+        (lambda: torch._foreach_mm([T(3, 4)] * 2, [T(4, 5)] * 2), 2 * 2 * 60),
+        (lambda: torch.linalg.lu_solve(factor, pivots, sides), 2 * 36 * 3),
+        (lambda: torch.cholesky_solve(sides, square), 2 * 36 * 3),
+        (lambda: torch.triangular_solve(sides, square), 36 * 3),
+        (lambda: torch.cholesky_inverse(square), 2 * 6**3 / 3),
+        (lambda: torch.linalg.householder_product(T(8, 6), T(6)), 2 * 8 * 36 - 2 * 6**3 / 3),
+    ):
+        assert count_flops(function).total == round(expected)
+    assert step(Call(lambda a, b: torch.cdist(a, b, p=1.0)), T(3, 4), T(5, 4)).total == 3 * 2 * 3 * 5 * 4
+    assert step(Call(torch.pdist), T(5, 4)).total == 3 * 2 * 10 * 4

@@ -29,7 +29,7 @@ _COMPRESSED = (torch.sparse_csr, torch.sparse_bsr, torch.sparse_csc, torch.spars
 
 
 def _flops(multiplications: float, *factors: Tensor) -> float:
-    return 2.0 * multiplications * (4 if all(f.is_complex() for f in factors) else 1)
+    return 2.0 * multiplications * (4 if factors and all(f.is_complex() for f in factors) else 1)
 
 
 def _stored(t: Tensor) -> int:
