@@ -697,7 +697,7 @@ def test_tied_weights_are_pruned_once() -> None:
         (
             {"include": ("conv*",)},
             ValueError,
-            r"include: 'conv\*' matches no layer inside the blocks; there are: 0, 2, 4",
+            r"include: 'conv\*' matches no layer inside the blocks; there are: '0', '2', '4'",
         ),
         ({"exclude": ("*",)}, ValueError, "that include=.* leave"),
         ({"blocks": "layers"}, ValueError, "blocks: 'layers' is no part of Sequential"),

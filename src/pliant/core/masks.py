@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from pliant.core.inputs import Input, call, evaluating, removing, rows_of
+from pliant.core.inputs import Input, call, evaluating, first_tensor, removing, rows_of
 from pliant.core.matrices import Bank, Matrix, matrices
 
 # -- which weights can go -------------------------------------------------------------------------------------------
@@ -121,8 +121,7 @@ def prunable(
     found = [
         Weight(names[0], parameters[key], tuple(holders[key]))
         for key, names in named.items()
-        if any(fnmatchcase(n, p) for n in names for p in include)
-        and not any(fnmatchcase(n, p) for n in names for p in exclude)
+        if any(chosen(n, include) for n in names) and not any(chosen(n, exclude) for n in names)
     ]
     if not found:
         raise ValueError(
@@ -130,6 +129,11 @@ def prunable(
             + (f" that include={list(include)} and exclude={list(exclude)} leave" if every else "")
         )
     return found
+
+
+def chosen(name: str, include: Iterable[str], exclude: Iterable[str] = ()) -> bool:
+    """Whether a layer's name matches one of the patterns ``include`` and none of ``exclude``."""
+    return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
 
 
 def check_patterns(names: Sequence[str], include: Iterable[str], exclude: Iterable[str], none: str) -> None:
@@ -158,18 +162,19 @@ def multiply_adds(model: nn.Module, weights: Sequence[Weight], example: Input) -
     """How often each entry of each weight is used for one sample of ``example``: H_out * W_out for a convolution.
 
     Times the number of non-zero entries these are the multiply-adds of a layer. For stacked experts it is the mean over
-    the experts. 0: the forward never uses the weight.
+    the experts. 0: the forward never uses the weight. To be asked before masks are attached.
     """
     counts = [0.0] * len(weights)
     where = {id(module): i for i, w in enumerate(weights) for module, _ in w.owners}
 
-    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, _ConvTransposeNd):
             used = args[0].numel() // module.in_channels
         elif isinstance(module, _ConvNd):
             used = output.numel() // module.out_channels
         else:
-            used = output.numel() // output.shape[-1]
+            y = first_tensor(output)  # a subclass of nn.Linear may answer with more
+            used = y.numel() // y.shape[-1]
         counts[where[id(module)]] += used
 
     def count_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -232,20 +237,23 @@ class Coverage:
 
 
 def coverage(
-    model: nn.Module, every: Sequence[Matrix], pruned: Iterable[nn.Parameter], why: Callable[[Matrix], tuple[str, bool]]
+    model: nn.Module,
+    every: Sequence[Matrix],
+    pruned: Iterable[nn.Parameter],
+    why: Callable[[str, Matrix | None], tuple[str, bool]],
 ) -> Coverage:
     """The coverage of ``model`` with the matrices ``every`` by a method that prunes ``pruned``.
 
-    ``why`` tells of a matrix that is not pruned the reason, and whether the method refused it. What a parametrisation
-    computes is counted with the values that it computes from, and refused.
+    ``why`` tells of a matrix that is not pruned, by its name, the reason, and whether the method refuses it. A layer
+    whose weight is under a parametrisation has no matrix (None); it counts with the weights that come out of it.
     """
     inside = {id(p) for p in pruned}
-    reasons = {m.name: why(m) for m in every if id(m.parameter) not in inside}
+    reasons = {m.name: why(m.name, m) for m in every if id(m.parameter) not in inside}
     total = sum(m.parameter.numel() for m in every)
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd | nn.Linear) and parametrize.is_parametrized(module, "weight"):
             total += module.weight.numel()
-            reasons[name] = ("its weight is under a parametrisation", True)
+            reasons[name] = why(name, None)
     refused = tuple(name for name, (_, cannot) in reasons.items() if cannot)
     size = sum(m.parameter.numel() for m in every if id(m.parameter) in inside)
     whole = sum(p.numel() for p in model.parameters())

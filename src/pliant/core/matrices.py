@@ -16,7 +16,7 @@ which are looked up or added (embeddings, positions, class tokens) are none. Nor
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +30,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pliant.core.experts import Dispatch, Experts, combine, dispatch
 from pliant.core.inputs import Input, call, evaluating, removing
@@ -229,6 +230,7 @@ _FACTORS = {  # where the two factors of each product stand among its arguments
     _aten._grouped_mm: (0, 1),
     _aten._trilinear: (0, 1),
 }
+_LOOKUPS = (_aten.embedding, _aten.index, _aten.index_select, _aten.gather)
 _VECTORS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 
 
@@ -247,35 +249,59 @@ class Product:
 
 
 class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Calls ``note`` for every product of one of ``parameters`` with what is none of ``every`` parameter."""
+    """Calls ``note`` for every product of one of ``parameters`` with what is none of ``every`` parameter.
 
-    def __init__(self, every: Iterable[Tensor], parameters: Sequence[Tensor], note: Callable[[Product], None]) -> None:
+    ``derived``: of what is computed from one alone as well; all such copies are then kept for as long as this lives.
+    """
+
+    def __init__(
+        self,
+        every: Iterable[Tensor],
+        parameters: Sequence[Tensor],
+        note: Callable[[Product], None],
+        derived: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.parameters, self.note = parameters, note
-        wanted = {id(p): i for i, p in enumerate(parameters)}
-        places = {(p.data_ptr(), p.numel() * p.element_size()): wanted.get(id(p)) for p in every}
-        self.places = sorted(places, key=lambda place: place[0])
-        self.owner = places
+        self.parameters, self.note, self.derived = parameters, note, derived
+        wanted = {id(p): (i,) for i, p in enumerate(parameters)}
+        self.places: list[tuple[int, int, tuple[int, ...]]] = []  # from where to where in memory, and whose
+        self.alive: list[Tensor] = []  # what was computed from parameters alone, kept so that its place stays its own
+        for p in every:
+            self._add(p, wanted.get(id(p), ()))
 
-    def _find(self, tensor: Any) -> tuple[bool, int | None]:
-        """Whether a tensor lies inside a parameter, and the number of that one."""
+    def _add(self, tensor: Tensor, owners: tuple[int, ...]) -> None:
+        insort(self.places, (tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), owners))
+
+    def _find(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """The parameters that a tensor is a part of, or was computed from; None for anything else."""
         at = tensor.data_ptr()
-        position = bisect_right(self.places, (at, float("inf"))) - 1
-        if position < 0 or at >= sum(self.places[position]) or not at:
-            return False, None
-        return True, self.owner[self.places[position]]
+        position = bisect_right(self.places, at, key=lambda place: place[0]) - 1
+        return self.places[position][2] if position >= 0 and at < self.places[position][1] else None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        where = _FACTORS.get(func._overloadpacket)
-        if where is not None and all(a.layout is torch.strided for a in (args[w] for w in where)):
-            (left, right), found = (args[w] for w in where), [self._find(args[w]) for w in where]
-            if found[0][0] != found[1][0]:  # a product of two parameters is a weight, one of none has no weight
-                number = found[0][1] if found[0][0] else found[1][1]
-                if number is not None:
-                    used = _multiply_adds(func._overloadpacket, left, right, args, out)
-                    self.note(self._product(func._overloadpacket, number, left, right, found[0][0], used))
+        packet = func._overloadpacket
+        where = _FACTORS.get(packet)
+        if where is None:
+            if self.derived and packet not in _LOOKUPS and isinstance(out, Tensor) and out.layout is torch.strided:
+                self._derive(args, kwargs, out)
+        elif all(args[w].layout is torch.strided for w in where):
+            left, right = (args[w] for w in where)
+            owners = self._find(left), self._find(right)
+            if (owners[0] is None) != (owners[1] is None):  # of two parameters it is a weight, of none it has no weight
+                used = _multiply_adds(packet, left, right, args, out)
+                for number in owners[0] or owners[1] or ():
+                    self.note(self._product(packet, number, left, right, owners[0] is not None, used))
         return out
+
+    def _derive(self, args: Any, kwargs: Any, out: Tensor) -> None:
+        """Remember what is computed from parameters alone: a copy in another order or type, a normalised weight."""
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
+        owners = [self._find(t) for t in given]
+        found = tuple(sorted({i for each in owners for i in each or ()}))
+        if found and None not in owners and out.numel() and self._find(out) is None:
+            self._add(out, found)
+            self.alive.append(out)
 
     def _product(self, packet: Any, number: int, left: Tensor, right: Tensor, first: bool, used: int) -> Product:
         parameter = self.parameters[number]
@@ -316,7 +342,9 @@ def plain_kernels(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Recurrent layers and attention as products of matrices, where a fused kernel would hide them."""
     with ExitStack() as stack:
         if any(isinstance(m, nn.RNNBase) for m in modules):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            enabled = torch._C._get_mkldnn_enabled()
+            torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags would warn of a type it does not touch
+            stack.callback(torch._C._set_mkldnn_enabled, enabled)
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if any(isinstance(m, nn.MultiheadAttention) for m in modules):
             before = torch.backends.mha.get_fastpath_enabled()
@@ -411,7 +439,7 @@ def _look(model: nn.Module, example: Input, factors: dict[int, Matrix], banks: S
         hooks = [b.module.register_forward_hook(compare(b), with_kwargs=True) for b in banks]
         stack.enter_context(removing(hooks))
         if factors:
-            stack.enter_context(Products(model.parameters(), [m.parameter for m in factors.values()], note))
+            stack.enter_context(Products(model.parameters(), [m.parameter for m in factors.values()], note, True))
         call(model, example)
     for key, entry in zip(keys, seen, strict=True):
         m = factors.pop(key)

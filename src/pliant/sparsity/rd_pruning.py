@@ -367,8 +367,8 @@ class RDPruning(Dynamic):
     multiply-adds that is gone). They are those of Conv and Linear layers and every other matrix that the example
     multiplies: stacked experts, recurrent weights, projections of an attention, parameters of one's own; each is one
     layer. ``coverage`` says what share of the network that is, ``sparsity_of(point)`` the share of zeros in the whole
-    of it, biases, norms and embeddings included. ``use`` exchanges the values and masks in the parameters, which stay the same
-    objects; the setting that is left is stored first, so nothing that was trained is lost.
+    of it, biases, norms and embeddings included. ``use`` exchanges the values and masks in the parameters, which stay
+    the same objects; the setting that is left is stored first, so nothing that was trained is lost.
 
     ``fit`` has one phase for each sparsity, in ascending order: plan and mask, then fine-tune with the masks fixed.
     Without training, ``prune()`` masks every setting from measured curves alone, and a setting that was never made is
@@ -454,10 +454,12 @@ class RDPruning(Dynamic):
             raise ValueError("model: its forward calls none of the prunable layers as a module")
         self._units = [n if cost == "macs" else 1 for n in uses if n]
         self._check_reachable()
-        never = {id(w.parameter) for w, n in zip(weights, uses, strict=True) if not n}
+        never = {w.name for w, n in zip(weights, uses, strict=True) if not n}
 
-        def why(m: Matrix) -> tuple[str, bool]:
-            return ("the forward never uses it", False) if id(m.parameter) in never else ("excluded", False)
+        def why(name: str, m: Matrix | None) -> tuple[str, bool]:
+            if m is None and masks.chosen(name, self.include, self.exclude):
+                return "its weight is under a parametrisation", True
+            return ("the forward never uses it" if name in never else "excluded"), False
 
         taken = [w.parameter for w in self._weights]
         self.coverage = masks.coverage(model, matrices(model, example), taken, why)
