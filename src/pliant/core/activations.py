@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pliant.core.inputs import Input
-from pliant.core.matrices import Bank, Matrix, Product, Products, is_matrix, matrix, plain_kernels, write_matrix
-
-__all__ = ["InputStatistics", "StackedStatistics", "Variance", "is_matrix", "matrix", "observe", "write_matrix"]
+from pliant.core.matrices import Bank, Matrix, Product, Products, plain_kernels
+from pliant.core.matrices import is_matrix as is_matrix
+from pliant.core.matrices import matrix as matrix
+from pliant.core.matrices import write_matrix as write_matrix
 
 Variance = Literal["total", "within"]
 
