@@ -458,6 +458,7 @@ def test_recurrent_weights_stay_masked_in_training_copies_and_baking() -> None:
     assert torch.equal(baked(ids), expected)
     assert type(baked.lstm) is nn.LSTM
     assert not baked.lstm._forward_hooks
+    assert baked.lstm._flat_weights[0] is baked.lstm.weight_ih_l0
     assert sorted(w.name for w in masks.prunable(baked, example=ids)) == sorted(MATRICES)
     assert masks.sparsity_of(baked, example=ids) == pytest.approx(0.5, abs=0.02)
     whole = sum(p.numel() for p in baked.parameters())
