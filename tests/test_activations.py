@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pliant.core.activations import InputStatistics, is_matrix, matrix, observe, write_matrix
+from pliant.core.activations import (
+    InputStatistics,
+    StackedStatistics,
+    answer_mask,
+    is_matrix,
+    matrix,
+    observe,
+    tell_apart,
+    token_masks,
+    write_matrix,
+)
+from pliant.core.experts import Experts, top_k
+from pliant.core.matrices import matrices
 
 
 @given(splits=st.lists(st.integers(0, 30), max_size=5), offset=st.sampled_from([0.0, 1.0, 1e6]))
@@ -107,3 +119,186 @@ def test_the_transposed_layer_of_gpt2() -> None:
         conv1d(x)
     assert torch.allclose(seen["a"].mean, x.double().mean(0))
     assert not is_matrix(nn.LayerNorm(4))
+
+
+# -- positions that count, experts, and matrices in any module ------------------------------------------------------
+
+
+@pytest.mark.parametrize("variance", ["total", "within"])
+def test_what_does_not_count_may_be_anything(variance: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 7, 3, generator=rng, dtype=torch.float64)
+    counted = torch.rand(4, 7, generator=rng) < 0.6
+    counted[2] = False
+    seen, alone = (InputStatistics(3, hessian=True, variance=variance) for _ in range(2))  # type: ignore[arg-type]
+    seen.update(x.masked_fill(~counted[..., None], float("nan")), counted)
+    for sequence, mask in zip(x, counted, strict=True):
+        alone.update(sequence[mask][None])
+    assert seen.count == alone.count == int(counted.sum())
+    for name in ("mean", "variance", "norm", "hessian"):
+        assert torch.allclose(getattr(seen, name), getattr(alone, name), rtol=1e-12)
+    whole = InputStatistics(3)
+    whole.update(x)
+    assert not torch.allclose(whole.mean, seen.mean)
+    with pytest.raises(ValueError, match="counted"):
+        seen.update(x, counted[:, :3])
+
+
+def test_each_expert_has_the_statistics_of_its_own_tokens() -> None:
+    torch.manual_seed(0)
+    bank = Experts(6, 5, 4, gated=True).double()
+    model = Routed(bank).double()
+    x = torch.randn(30, 6, dtype=torch.float64) + 1
+    found = {m.name: m for m in matrices(model, x)}
+    assert list(found) == ["router", "bank.up", "bank.gate", "bank.down"]
+    assert all(not m.unobserved for m in found.values())
+    with observe(found, hessian=True) as seen, torch.no_grad():
+        model(x[:11])
+        model(x[11:])
+    chosen = top_k(x @ model.router.weight.t(), 2)
+    hit = [x[(chosen == e).any(1)] for e in range(4)]
+    assert seen["bank.up"].counts == [len(rows) for rows in hit]
+    assert seen["router"].count == 30
+    for e, rows in enumerate(hit):
+        hidden = torch.relu(rows @ bank.gate[e].t() + bank.gate_bias[e]) * (rows @ bank.up[e].t() + bank.up_bias[e])
+        for name, a in (("bank.up", rows), ("bank.gate", rows), ("bank.down", hidden)):
+            assert torch.allclose(seen[name].mean[e], a.mean(0), atol=1e-12)
+            assert torch.allclose(seen[name].variance[e], a.var(0, unbiased=False), atol=1e-12)
+            assert torch.allclose(seen[name].norm[e], a.norm(dim=0), atol=1e-12)
+            assert torch.allclose(seen[name].hessian[e], 2 / len(a) * a.t() @ a, atol=1e-12)
+
+
+class Routed(nn.Module):
+    """A bank of experts behind a linear router: each token visits two."""
+
+    def __init__(self, bank: Experts) -> None:
+        super().__init__()
+        self.router = nn.Linear(bank.features, bank.count, bias=False)
+        self.bank = bank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        chosen = top_k(self.router(flat), 2)
+        y: torch.Tensor = self.bank(flat, chosen, torch.full(chosen.shape, 0.5))
+        return y.view(*x.shape[:-1], -1)
+
+
+def test_an_expert_without_tokens_has_zeros_and_says_so() -> None:
+    seen = StackedStatistics(3, 2, hessian=True)
+    seen.update(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [0, 2, 0])
+    assert seen.counts == [0, 2, 0]
+    assert seen.count == 2
+    assert seen.mean.tolist() == [[0, 0], [2, 3], [0, 0]]
+    assert seen.variance.tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert not seen.norm[0].any()
+    assert seen.hessian.shape == (3, 2, 2)
+
+
+class Own(nn.Module):
+    """Bare parameters in every use: either way round, stacked, tables that are no matrices, a normalised weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.columns = nn.Parameter(torch.randn(6, 8))
+        self.rows = nn.Parameter(torch.randn(8, 8))
+        self.stack = nn.Parameter(torch.randn(2, 8, 8))
+        self.normal = nn.Parameter(torch.randn(5, 8))
+        self.position = nn.Parameter(torch.randn(4, 6))
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.table = nn.Embedding(10, 6)
+        self.never = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([self.token.expand(len(ids), -1, -1), self.table(ids) + self.position], 1)
+        h = (self.rows @ (x @ self.columns).flatten(0, 1).t()).t()  # (B 5, 8)
+        h = torch.bmm(h.expand(2, -1, -1), self.stack).sum(0)
+        return nn.functional.linear(h, nn.functional.normalize(self.normal)).view(len(ids), 5, 5)
+
+
+def test_a_parameter_is_a_matrix_where_it_multiplies_activations() -> None:
+    model, ids = Own(), torch.randint(0, 10, (3, 4))
+    found = {m.name: m for m in matrices(model, ids)}
+    assert list(found) == ["columns", "rows", "stack", "normal"]
+    assert [m.transposed for m in found.values()] == [True, False, True, False]
+    assert [bool(m.unobserved) for m in found.values()] == [False, False, False, True]
+    assert [m.multiply_adds for m in found.values()] == [15, 15, 15, 15]
+    assert found["columns"].read().shape == (8, 6)
+    assert found["columns"].key == "columns"
+    del found["normal"]
+    with observe(found) as seen, torch.no_grad():
+        model(ids)
+        x = torch.cat([model.token.expand(3, -1, -1), model.table(ids) + model.position], 1).flatten(0, 1)
+        h = x @ model.columns
+        assert torch.allclose(seen["columns"].mean, x.double().mean(0), atol=1e-6)
+        assert torch.allclose(seen["rows"].mean, h.double().mean(0), atol=1e-6)
+        assert torch.allclose(seen["stack"].mean, (h @ model.rows.t()).double().mean(0).expand(2, -1), atol=1e-5)
+    with pytest.raises(TypeError, match="in pieces"), observe({m.name: m for m in matrices(model, ids)}):
+        pass
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_multiply_the_inputs_and_the_states_before(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = Last(kind(3, 4, batch_first=True, bidirectional=True))
+    x = torch.randn(5, 7, 3)
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    found = {m.name: m for m in matrices(model, x)}
+    assert {m.attribute for m in found.values()} == {
+        f"weight_{s}_l0{r}" for s in ("ih", "hh") for r in ("", "_reverse")
+    }
+    with observe(found) as seen, torch.no_grad():
+        seen.masks = [mask]
+        states = model(x)
+    before = torch.cat([torch.zeros(5, 1, 4), states[:, :-1, :4]], 1)[mask].double()
+    after = torch.cat([states[:, 1:, 4:], torch.zeros(5, 1, 4)], 1)[mask].double()
+    for name, a in (("weight_ih_l0", x[mask].double()), ("weight_hh_l0", before), ("weight_hh_l0_reverse", after)):
+        assert seen[f"layer.{name}"].count == 32
+        assert torch.allclose(seen[f"layer.{name}"].mean, a.mean(0), atol=1e-6), name
+    assert torch.backends.mkldnn.is_available() == torch._C._get_mkldnn_enabled()  # as it was
+
+
+class Last(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)[0]
+        return y
+
+
+def test_attention_is_seen_through_its_fused_kernel() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True).eval()
+    x = torch.randn(3, 5, 6)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0, 2:] = False
+    found = {m.name: m for m in matrices(model, x)}
+    assert list(found) == ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
+    with observe(found) as seen, torch.no_grad():
+        seen.masks = [mask]
+        model(x)
+    assert torch.allclose(seen["self_attn.in_proj_weight"].mean, x[mask].double().mean(0), atol=1e-6)
+    assert all(seen[name].count == 12 for name in found)
+    assert found["self_attn.in_proj_weight"].bias is model.self_attn.in_proj_bias
+
+
+def test_masks_of_an_input_and_of_an_answer() -> None:
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None: ...
+
+    model = nn.Linear(2, 2)
+    model.forward = forward  # type: ignore[method-assign]
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for x in ({"input_ids": ids, "attention_mask": mask}, (ids, mask)):
+        assert torch.equal(token_masks(model, x)[0], mask == 1)
+        assert torch.equal(answer_mask(model, x, torch.ones(2, 3, 9)), mask == 1)
+        assert answer_mask(model, x, torch.ones(2, 3)) is None
+    assert token_masks(model, {"input_ids": ids, "attention_mask": torch.ones_like(mask)}) == []
+    both = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    assert answer_mask(model, both, torch.ones(2, 3, 9)) is None  # all of the decoder's tokens count
+    apart = tell_apart(both)
+    assert apart["decoder_input_ids"].shape == (2, 4)
+    assert [m.tolist() for m in token_masks(model, apart)] == [(mask == 1).tolist(), [[True] * 3 + [False]] * 2]
+    assert tell_apart({"input_ids": ids, "attention_mask": mask})["attention_mask"] is mask

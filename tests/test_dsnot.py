@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pliant.core import masks
-from pliant.core.activations import InputStatistics, matrix
+from pliant.core.activations import InputStatistics, matrix, observe
 from pliant.core.dynamic import Point
 from pliant.core.frontier import measure
 from pliant.core.persistence import load, save
 from pliant.core.training import fit
-from pliant.sparsity.dsnot import DENSE, DSnoT, Refined, attention_only, expected_error, refine, zeros_in_row
+from pliant.sparsity.dsnot import DENSE, DSnoT, Refined, _Runner, attention_only, expected_error, refine, zeros_in_row
 
 Case = dict[str, Tensor]
 
@@ -511,6 +513,20 @@ def decoder(kind: str = "llama") -> nn.Module:
             hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=16,
             max_position_embeddings=32, **common,
         ),
+        "mixtral": lambda: transformers.MixtralConfig(
+            **llama, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **common
+        ),
+        "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+            **llama, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12,
+            shared_expert_intermediate_size=8, **common,
+        ),
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+            **llama, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=4,
+            **common,
+        ),
+        "gpt_oss": lambda: transformers.GptOssConfig(
+            **llama, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=4, **common
+        ),
         "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=3, n_head=4, n_positions=32, **common),
     }[kind]()  # fmt: skip
     torch.manual_seed(0)
@@ -612,8 +628,6 @@ class Gated(nn.Module):
 
 def test_blocks_are_replayed_with_their_own_arguments_or_the_whole_network_is() -> None:
     """A factor of one between the blocks breaks the chain of tensors, and must change no mask."""
-    from pliant.sparsity.dsnot import _Runner
-
     found = []
     for between in (0.0, 1.0):
         net = DSnoT(Residual(between), inputs(), sparsity=0.5)
@@ -671,6 +685,237 @@ def test_tied_weights_are_pruned_once() -> None:
     assert torch.equal(net(inputs()), before)
 
 
+# -- stacked experts, other matrices, and what is covered -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_half_of_every_row_of_every_expert_goes(kind: str) -> None:
+    model, x, p = decoder(kind), ids(), {"sparsity": 0.5}
+    dense = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = DSnoT(model, x, sparsity=0.5, pattern="2:4").eval()
+    stacked = [n for n in net._names if n.endswith("_proj") and ".experts." in n]
+    assert len(stacked) == 6
+    assert list(net.coverage.left_out) == ["lm_head"]
+    assert not net.coverage.refused
+    with torch.no_grad():
+        y, small = net.use(p)(x).logits, net.extract(p)
+        assert torch.equal(small(x).logits, y)
+    inside = [w for n, w in small.named_parameters() if ".layers." in n and w.dim() > 1 and "bias" not in n]
+    assert sum(w.numel() for w in inside) == net.coverage.pruned
+    assert masks.count_zeros(inside) * 2 == net.coverage.pruned
+    zeros = masks.count_zeros(small.parameters()) / sum(w.numel() for w in small.parameters())
+    assert net.sparsity_of(p) == zeros
+    assert zeros == pytest.approx(0.5 * net.coverage.of_all, abs=2e-3)  # norms and biases may hold a zero
+    assert net.sparsity_of(DENSE) < 2e-3
+    for name in stacked:
+        kept, weight = net.mask(name, p), small.get_parameter(name)
+        weight = weight.transpose(1, 2) if kind == "gpt_oss" else weight
+        assert torch.equal(kept, weight != 0)
+        assert kept.dim() == 3
+        assert (kept.sum(-1) * 2 == kept.shape[-1]).all()
+    two = net.mask(stacked[0], {"pattern": "2:4"})
+    assert (two.view(-1, 4).sum(1) == 2).all()
+    net.use(DENSE)
+    state = net.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in dense.state_dict().items())
+
+
+@pytest.mark.parametrize("start", ["wanda", "magnitude", "sparsegpt"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_an_expert_is_pruned_as_the_layer_that_holds_its_matrix(start: Any, implementation: str) -> None:
+    """Each expert by hand: the tokens routed to it, through nn.Linear layers of its own, pruned as any others."""
+    if start == "sparsegpt" and implementation != "eager":
+        pytest.skip("one is enough")
+    model, x, p = decoder("mixtral"), ids(), {"sparsity": 0.5}
+    model.config._experts_implementation = implementation
+    net = DSnoT(copy.deepcopy(model), x, sparsity=0.5, start=start)
+    small, differ = net.extract(p), 0
+    for b in range(2):  # the second block sees what the first, pruned, gives
+        runner, seen = copy.deepcopy(model), {}
+        for name, w in runner.named_parameters():
+            if any(name.startswith(f"model.layers.{i}.") for i in range(b)):
+                w.data = small.get_parameter(name).data
+        dense = runner.model.layers[b].mlp.experts
+        dense.register_forward_pre_hook(lambda m, a, s=seen: s.update(a=a))
+        with torch.no_grad():
+            runner(x)
+        tokens, chosen, _ = seen["a"]
+        for e in range(4):
+            gate_up, down = dense.gate_up_proj[e].detach(), dense.down_proj[e].detach()
+            for rows in (tokens[(chosen == e).any(1)], tokens):  # its own, and what would be wrong: everyone's
+                gate, up = (rows @ gate_up.t()).chunk(2, -1)
+                hidden = torch.nn.functional.silu(gate) * up
+                for name, weight, a in (("gate_up_proj", gate_up, rows), ("down_proj", down, hidden)):
+                    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+                    layer.weight.data.copy_(weight)
+                    alone = DSnoT(nn.Sequential(layer), a, sparsity=0.5, start=start).mask("0", p)
+                    same = torch.equal(net.mask(f"model.layers.{b}.mlp.experts.{name}", p)[e], alone)
+                    if rows is tokens:
+                        differ += not same
+                    else:
+                        assert same, (b, e, name)
+    assert differ > 8
+
+
+def test_an_expert_that_no_token_reaches_goes_by_magnitude_and_the_report_says_so() -> None:
+    model, p = decoder("mixtral"), {"sparsity": 0.5}
+    x = ids(1, 1)  # one token, which visits two of four
+    for start in ("wanda", "sparsegpt"):
+        net = DSnoT(copy.deepcopy(model), x, sparsity=0.5, start=start)  # type: ignore[arg-type]
+        rows = {r.name: r for r in net.report(p)}
+        name = "model.layers.0.mlp.experts.down_proj"
+        hit = _hit(model, x)
+        assert rows[name].unreached == 4 - len(hit) > 0
+        assert "without tokens: by magnitude" in str(net.report(p))
+        weight = model.get_parameter(name)
+        for e in range(4):
+            by_size = masks.row_mask(weight[e].abs(), weight.shape[-1] // 2)
+            assert torch.equal(net.mask(name, p)[e], by_size) == (e not in hit)
+
+
+def _hit(model: nn.Module, x: Tensor) -> set[int]:
+    chosen: list[Tensor] = []
+    hook = model.model.layers[0].mlp.experts.register_forward_pre_hook(lambda m, a: chosen.append(a[1]))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    return set(chosen[0].flatten().tolist())
+
+
+class Mixed(nn.Module):
+    """A recurrent layer, an attention onto something else, a convolution of groups, and a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = nn.LSTM(12, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.conv = nn.Conv1d(8, 8, 3, groups=2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lstm(x)[0]
+        h = self.attention(h, 2.0 * h, 2.0 * h, need_weights=False)[0]
+        y: Tensor = self.head(self.conv(h.transpose(1, 2)).mean(2))
+        return y
+
+
+def test_what_cannot_be_served_is_named_with_its_share(tmp_path: Any) -> None:
+    x, p = torch.randn(6, 5, 12, generator=torch.Generator().manual_seed(0)), {"sparsity": 0.5}
+    with pytest.warns(
+        UserWarning, match=r"71.7% of its matrix weights.*'attention.in_proj_weight' \(.*'conv' \(Conv1d"
+    ):
+        net = DSnoT(Mixed(), x, sparsity=0.5)
+    assert net._names == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "attention.out_proj", "head"]
+    assert set(net.coverage.left_out) == set(net.coverage.refused) == {"attention.in_proj_weight", "conv"}
+    pruned, left = 4 * 8 * 20 + 64 + 24, 3 * 64 + 8 * 4 * 3
+    assert net.coverage.share == pruned / (pruned + left)
+    assert str(net.coverage).startswith(f"{pruned} weights are pruned: 7")
+    assert net.sparsity_of(p) == pytest.approx(pruned / 2 / net.coverage.parameters, abs=0.03)
+    assert torch.equal(net.extract(p)(x), net.use(p)(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = DSnoT(Mixed(), x, sparsity=0.5, exclude=("conv", "attention.in*"))
+        assert chosen.coverage.left_out["conv"] == "excluded"
+        other = load(save(chosen.use(p), tmp_path / "net"), model=Mixed(), example=x)
+    assert torch.equal(other(x), chosen(x))
+    assert torch.equal(other.use(DENSE)(x), Mixed()(x))
+    # the state that the recurrent weights multiply, by hand
+    h = torch.cat([torch.zeros(6, 1, 8), Mixed().lstm(x)[0][:, :-1].detach()], 1).flatten(0, 1)
+    weight = Mixed().lstm.weight_hh_l0
+    start = masks.row_mask(masks.wanda_score(weight, h.double().norm(dim=0)), 4)
+    found = refine(weight, start, *of_inputs(h.double()).values())
+    assert torch.equal(chosen.mask("lstm.weight_hh_l0", p), found.kept)
+
+
+def test_a_second_list_of_blocks_is_not_passed_over_in_silence() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))})
+    model["b"] = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+    model.forward = lambda x: model["b"](model["a"](x))  # type: ignore[method-assign, assignment]
+    with pytest.warns(UserWarning, match=r"60.0% of its matrix weights.*'b.0' \(outside the blocks 'a'\)"):
+        DSnoT(model, torch.randn(8, 4), sparsity=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DSnoT(model, torch.randn(8, 4), sparsity=0.5, blocks="").coverage.share == 1.0
+
+
+def test_a_stack_is_refined_as_its_matrices_one_by_one() -> None:
+    each = [case(seed) for seed in range(3)]
+    names = ("weight", "mean", "variance", "norm")
+    for pattern in (None, (2, 4)):
+        alone = [run(c, pattern=pattern) for c in each]
+        scores = torch.stack([masks.wanda_score(c["weight"], c["norm"]) for c in each])
+        found = refine(
+            torch.stack([c["weight"] for c in each]),
+            torch.stack([start for start, _ in alone]),
+            *(torch.stack([c[n] for c in each]) for n in names[1:]),
+            pattern=pattern,
+            score=scores,
+        )
+        for e, (_, one) in enumerate(alone):
+            for name in ("kept", "before", "after", "swaps"):
+                assert torch.equal(getattr(found, name)[e], getattr(one, name))
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+def padded(left: bool, lengths: Sequence[int] = (9, 4, 6, 9, 2)) -> tuple[dict[str, Tensor], list[Tensor]]:
+    x = ids(len(lengths))
+    mask = torch.zeros_like(x)
+    rows = []
+    for i, n in enumerate(lengths):
+        at = slice(9 - n, 9) if left else slice(0, n)
+        mask[i, at] = 1
+        rows.append(x[i : i + 1, at])
+    return {"input_ids": x, "attention_mask": mask}, rows
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "opt", "mixtral"])
+def test_padding_does_not_count(kind: str, left: bool) -> None:
+    """Masks of a padded batch are those of its sequences one by one; without its mask they are others."""
+    batch, rows = padded(left)
+    p = {"sparsity": 0.6}
+    net = DSnoT(decoder(kind), batch, sparsity=0.6)
+    alone = DSnoT(decoder(kind), rows[0], calibration=rows, sparsity=0.6)
+    blind = DSnoT(decoder(kind), batch["input_ids"], sparsity=0.6)
+    same = total = other = 0
+    for name in net._names:
+        kept = net.mask(name, p)
+        same += int((kept == alone.mask(name, p)).sum())
+        other += int((kept == blind.mask(name, p)).sum())
+        total += kept.numel()
+    assert same > 0.999 * total  # a tie may turn on the last digit
+    assert other < 0.99 * total
+    for a, b in zip(net.report(p), alone.report(p), strict=True):
+        assert a.error_after == pytest.approx(b.error_after, rel=1e-3, abs=1e-7)
+
+
+def test_padding_of_encoders_and_decoders_is_told_apart() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    source, _ = padded(False, (9, 3, 5))
+    target, _ = padded(False, (4, 9, 2))
+    batch = {**source, "decoder_input_ids": target["input_ids"], "decoder_attention_mask": target["attention_mask"]}
+    net = DSnoT(model, batch, sparsity=0.5, blocks="")
+    data = _Runner(model, [model], net._data)
+    layers = {m.name: m for m in net._layers}
+    with observe(layers) as found, torch.no_grad():
+        data.run(0, found)
+    for name, statistics in found.items():
+        of_encoder = name.startswith("encoder") or "EncDecAttention.k" in name or "EncDecAttention.v" in name
+        assert statistics.count == (17 if of_encoder else 15), name
+    with pytest.warns(UserWarning, match=r"outside the blocks 'encoder.block'"):
+        assert DSnoT(model, batch, sparsity=0.5).coverage.share < 0.6
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -697,7 +942,7 @@ def test_tied_weights_are_pruned_once() -> None:
         (
             {"include": ("conv*",)},
             ValueError,
-            r"include: 'conv\*' matches no layer inside the blocks; there are: 0, 2, 4",
+            r"include: 'conv\*' matches no layer inside the blocks; there are: '0', '2', '4'",
         ),
         ({"exclude": ("*",)}, ValueError, "that include=.* leave"),
         ({"blocks": "layers"}, ValueError, "blocks: 'layers' is no part of Sequential"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from pliant.core import masks
 from pliant.core.cost import flops_per_sample
+from pliant.core.matrices import matrices
 
 torch.set_num_threads(1)
 
@@ -381,3 +383,145 @@ def test_bad_scores_and_patterns_are_refused() -> None:
     with pytest.raises(ValueError, match="damp"):
         masks.sparsegpt_score(torch.ones(2, 3), torch.eye(3), damp=0)
     assert not masks.follows_pattern(torch.ones(2, 6), 2, 4)
+
+
+# -- every matrix of a network --------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer with a projection, an attention, a bilinear and a transposed layer, and a table."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.table = nn.Embedding(9, 6)
+        self.lstm = nn.LSTM(6, 8, num_layers=2, proj_size=4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.bilinear = nn.Bilinear(4, 4, 5)
+        self.up = nn.ConvTranspose1d(5, 3, 2)
+        self.head = nn.Linear(3, 2, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.lstm(self.table(ids))[0]
+        a = self.attention(h, h, h, need_weights=False)[0]
+        y: torch.Tensor = self.head(self.up(self.bilinear(h, a).transpose(1, 2)).mean(2))
+        return y
+
+
+MATRICES = [
+    *(f"lstm.weight_{kind}_l{layer}" for layer in (0, 1) for kind in ("ih", "hh", "hr")),
+    "attention.in_proj_weight",
+    "attention.out_proj",
+    "bilinear",
+    "up",
+    "head",
+]
+
+
+def test_with_an_example_every_matrix_is_prunable() -> None:
+    model, ids = Recurrent().eval(), torch.randint(0, 9, (4, 7))
+    found = masks.prunable(model, example=ids)
+    assert sorted(w.name for w in found) == sorted(MATRICES)
+    assert [w.name for w in masks.prunable(model)] == ["attention.out_proj", "up", "head"]  # by their classes alone
+    uses = dict(zip((w.name for w in found), masks.multiply_adds(model, found, ids), strict=True))
+    assert uses == dict.fromkeys(MATRICES, 7) | {"head": 1}
+    some = masks.prunable(model, ("lstm.*",), ("*_hh_*",), ids)
+    assert [w.name for w in some] == [f"lstm.weight_{k}_l{i}" for i in (0, 1) for k in ("ih", "hr")]
+    with pytest.raises(ValueError, match="include: 'gru' matches no layer; there are: 'lstm"):
+        masks.prunable(model, ("gru",), example=ids)
+
+
+def test_recurrent_weights_stay_masked_in_training_copies_and_baking() -> None:
+    model, ids = Recurrent(), torch.randint(0, 9, (4, 7), generator=torch.Generator().manual_seed(0))
+    found = masks.prunable(model, example=ids)
+    for w in found:
+        masks.set_mask(w, masks.magnitude_mask(w.parameter, w.parameter.numel() // 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, weight_decay=0.1)
+    before = [w.value().clone() for w in found]
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(ids).square().mean()
+        loss.backward()
+        for w in found:
+            assert w.parameter.grad is not None, w.name
+            assert not w.parameter.grad[~w.kept].any(), w.name
+        optimizer.step()
+        copy.deepcopy(model)  # also right after a run with gradients
+    assert all(not torch.equal(w.value(), b) for w, b in zip(found, before, strict=True))
+    # what is used is the mask, whatever stands in the parameter
+    with torch.no_grad():
+        expected = model.eval()(ids)
+        for w in found:
+            w.parameter[~w.kept] = 5.0
+        assert torch.equal(model(ids), expected)
+    baked = masks.bake(copy.deepcopy(model))
+    assert torch.equal(baked(ids), expected)
+    assert type(baked.lstm) is nn.LSTM
+    assert not baked.lstm._forward_hooks
+    assert baked.lstm._flat_weights[0] is baked.lstm.weight_ih_l0
+    assert sorted(w.name for w in masks.prunable(baked, example=ids)) == sorted(MATRICES)
+    assert masks.sparsity_of(baked, example=ids) == pytest.approx(0.5, abs=0.02)
+    whole = sum(p.numel() for p in baked.parameters())
+    assert masks.zeros_share(model) == masks.count_zeros(baked.parameters()) / whole
+    torch.save(baked.lstm.state_dict(), io.BytesIO())
+    assert torch.equal(model(ids), expected)
+
+
+def test_uses_of_stacked_experts_are_a_mean_over_them() -> None:
+    from pliant.core.experts import Experts
+
+    class Bank(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bank = Experts(4, 6, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.flatten(0, 1)
+            chosen = torch.zeros(len(flat), 2, dtype=torch.long)
+            chosen[:, 1] = torch.arange(len(flat)) % 4 + 1
+            y: torch.Tensor = self.bank(flat, chosen, torch.ones(chosen.shape)).view_as(x)
+            return y
+
+    model, x = Bank(), torch.randn(3, 10, 4)
+    found = masks.prunable(model, example=x)
+    assert [w.name for w in found] == ["bank.up", "bank.down"]
+    assert masks.multiply_adds(model, found, x) == [4, 4]  # 10 tokens, 2 of 5 experts each
+    for w in found:
+        masks.set_mask(w, masks.magnitude_mask(w.parameter, 60))
+    y = model(x)
+    assert torch.equal(masks.bake(copy.deepcopy(model))(x), y)
+
+
+def test_coverage_counts_and_says_why() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5), nn.Linear(5, 2)), torch.randn(2, 4)
+    parametrize.register_parametrization(model[2], "weight", nn.Identity())
+    every = matrices(model, x)
+    why = {"1": ("excluded", False), "2": ("no", True)}
+    found = masks.coverage(model, every, [model[0].weight], lambda name, m: why[name])
+    assert (found.pruned, found.matrices, found.parameters) == (12, 12 + 15 + 10, 12 + 15 + 10 + 10)
+    assert found.share == 12 / 37
+    assert found.of_all == 12 / 47
+    assert found.left_out == {"1": "excluded", "2": "no"}
+    assert found.refused == ("2",)
+    lines = str(found).splitlines()
+    assert lines[0] == "12 weights are pruned: 32.4% of the network's matrices, 25.5% of its 47 parameters"
+    assert lines[1:] == ["  1: excluded", "  2: no"]
+    with pytest.warns(UserWarning, match=r"32.4% of its matrix weights.*25.5% of all.*Left out: '2' \(no\)"):
+        masks.warn_refused(found, 1)
+
+
+def test_scores_of_a_stack_are_those_of_its_matrices() -> None:
+    rng = torch.Generator().manual_seed(0)
+    w, x = torch.randn(3, 4, 8, generator=rng), torch.randn(3, 20, 8, generator=rng).double()
+    x[1, :, 2] = 0.0
+    norm, h = x.norm(dim=1), 2 / 20 * x.transpose(1, 2) @ x
+    for stacked, one in (
+        (masks.wanda_score(w, norm), [masks.wanda_score(w[e], norm[e]) for e in range(3)]),
+        (masks.sparsegpt_score(w, h), [masks.sparsegpt_score(w[e], h[e]) for e in range(3)]),
+    ):
+        assert torch.allclose(stacked, torch.stack(one))
+        for make in (lambda s: masks.row_mask(s, 3), lambda s: masks.group_mask(s, 2, 4)):
+            assert torch.equal(make(stacked), torch.stack([make(s) for s in one]))
+    assert masks.follows_pattern(masks.group_mask(norm[:, None].expand(3, 4, 8), 2, 4), 2, 4)
+    with pytest.raises(ValueError, match=r"norm: its shape is \(8,\); allowed: \(3, 8\)"):
+        masks.wanda_score(w, norm[0])

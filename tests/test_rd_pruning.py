@@ -7,6 +7,7 @@ import heapq
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -917,3 +918,153 @@ def test_the_experiment_computes_every_row_and_check(monkeypatch: pytest.MonkeyP
     assert all(isinstance(c["holds"], bool) and c["statement"] and c["measured"] for c in found["checks"])
     assert len(said) == 1 + 5 + 1 + 5
     json.dumps(found, allow_nan=False)
+
+
+# -- every matrix, what is covered, padding ---------------------------------------------------------------------------
+
+
+class Speech(nn.Module):
+    """A recurrent network over (B, T, 6), most of whose weights are no Conv or Linear layer's."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.lstm = nn.LSTM(6, 16, num_layers=2, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lstm(x)[0]
+        y: Tensor = self.head(self.attention(h, h, h, need_weights=False)[0].mean(1))
+        return y
+
+
+def speech(n: int = 12) -> Tensor:
+    return torch.randn(n, 7, 6, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("allocation", ["rd", "lamp"])
+def test_recurrent_and_attention_weights_are_pruned_trained_extracted_and_saved(tmp_path: Any, allocation: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = RDPruning(Speech(), speech(4), sparsity=(0.5, 0.9), points=10, allocation=allocation)
+    assert net.coverage.share == 1.0
+    assert not net.coverage.left_out
+    assert [w.name for w in net._weights][:2] == ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert total(net) == 4 * 16 * (6 + 3 * 16) + 4 * 16 * 16 + 5 * 16
+    batches = [(speech(), torch.arange(12) % 5)]
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0.1)
+    for step in range(6):
+        net.schedule(step / 6)
+        optimizer.zero_grad()
+        net.loss(batches[0]).backward()
+        optimizer.step()
+    net.schedule(1.0)
+    net.eval()
+    save(net, tmp_path / "net")
+    other = load(tmp_path / "net", model=Speech(7), example=speech(4)).eval()
+    for point in net.points():
+        y, small = net.use(point)(speech()), net.extract(point)
+        assert torch.equal(small(speech()), y)
+        assert torch.equal(other.use(point)(speech()), y)
+        sizes = sum(p.numel() for p in small.parameters())
+        gone = masks.count_zeros(small.parameters())
+        assert net.sparsity_of(point) == gone / sizes
+        matrices = [p for n, p in small.named_parameters() if p.dim() > 1]
+        assert masks.count_zeros(matrices) >= float(point["sparsity"]) * total(net)
+        if point != DENSE:
+            assert masks.count_zeros([small.lstm.weight_hh_l0]) > 100
+            assert net.plans[point].zeros["lstm.weight_hh_l0"] == masks.count_zeros([small.lstm.weight_hh_l0])
+    assert net.point == DENSE
+
+
+def test_curves_of_recurrent_weights_are_what_the_network_does_without_them() -> None:
+    net = RDPruning(Speech().eval(), speech(4), sparsity=0.5, points=2)
+    curve = net.plan(0.5).curves
+    assert curve is not None
+    name = "lstm.weight_hh_l1"
+    by_hand = Speech().eval()
+    gone = masks.magnitude_mask(by_hand.lstm.weight_hh_l1, curve.zeros[name][1])
+    with torch.no_grad():
+        y = by_hand(speech(4))
+        by_hand.lstm.weight_hh_l1.masked_fill_(~gone, 0.0)
+        moved = (by_hand(speech(4)) - y).square().mean().item()
+    assert curve.distortion[name][1] == pytest.approx(moved, rel=1e-4)
+    assert moved > 0.0
+
+
+def test_what_is_excluded_or_parametrised_is_told() -> None:
+    model = cnn()
+    nn.utils.parametrizations.weight_norm(model[9])
+    with pytest.warns(UserWarning, match=r"of its matrix weights.*'9' \(its weight is under a parametrisation\)"):
+        net = RDPruning(model, images(2), sparsity=0.5, points=4)
+    assert net.coverage.left_out == {"9": "its weight is under a parametrisation"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = RDPruning(cnn(), images(2), sparsity=0.5, points=4, exclude=("0",))
+    assert net.coverage.left_out == {"0": "excluded"}
+    assert net.coverage.share == 1 - 36 / (36 + 288 + 2048 + 80)
+    point = net.prune(0.5).point
+    assert net.sparsity_of(point) == masks.count_zeros(net.extract(point).parameters()) / net.coverage.parameters
+
+
+class Tagger(nn.Module):
+    """An answer for each token (B, T, 5), through attention that looks at real tokens only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(20, 8)
+        self.key, self.value, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        score = (self.key(x) @ x.transpose(1, 2)).masked_fill(attention_mask[:, None] == 0, -torch.inf)
+        y: Tensor = self.head(x + score.softmax(-1) @ self.value(x))
+        return y
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_moves_no_curve(left: bool, reduce: Any) -> None:
+    ids = torch.randint(1, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+    mask, alone = torch.zeros_like(ids), []
+    for i, n in enumerate((6, 2, 4, 1)):
+        at = slice(6 - n, 6) if left else slice(0, n)
+        mask[i, at] = 1
+        alone.append({"input_ids": ids[i : i + 1, at], "attention_mask": mask[i : i + 1, at]})
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = []
+    for data in ([batch], alone, [{"input_ids": ids, "attention_mask": torch.ones_like(mask)}]):
+        model = Tagger()
+        weights = masks.prunable(model)
+        zeros = [[0, 20, 40] for _ in weights]
+        found.append(torch.tensor(distortion_curves(model, weights, zeros, data, reduce=reduce)))
+    assert torch.allclose(found[0], found[1], rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(found[0], found[2], rtol=1e-2)
+    net = RDPruning(Tagger(), alone[0], calibration=[(batch, mask)], sparsity=0.5, points=5)
+    plan = net.plan(0.5)
+    assert net.verify(plan).measured > 0.0
+    moved = {**batch, "input_ids": torch.where(mask == 0, 3, ids)}
+    again = RDPruning(Tagger(), alone[0], calibration=[(moved, mask)], sparsity=0.5, points=5).plan(0.5)
+    assert again.zeros == plan.zeros
+    assert again.predicted == pytest.approx(plan.predicted, rel=1e-4)
+
+
+def test_fused_experts_of_transformers_are_pruned() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = transformers.MixtralForCausalLM(config).eval(), torch.randint(0, 40, (2, 6))
+    net = RDPruning(model, ids, sparsity=0.8, points=5)
+    assert net.coverage.share == 1.0
+    small = net.extract(net.prune(0.8).point)
+    assert torch.equal(small(ids).logits, net(ids).logits)
+    inside = [p for n, p in small.named_parameters() if p.dim() > 1 and "embed" not in n]
+    assert masks.count_zeros(inside) / sum(p.numel() for p in inside) == pytest.approx(0.8, abs=0.02)
+    experts = [p for n, p in small.named_parameters() if "experts" in n]
+    assert sum(p.numel() for p in experts) > 0.7 * sum(p.numel() for p in inside)
+    assert masks.count_zeros(experts) / sum(p.numel() for p in experts) > 0.6

@@ -155,15 +155,16 @@ class Experts(nn.Module):
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Expert after expert on its slice of the sorted rows; one without tokens is skipped."""
         parts = []
+        up_weight, gate_weight, down_weight = self.up, self.gate, self.down  # read once: a mask makes them anew
         for e, slice_ in enumerate(torch.split(rows, counts.tolist())):
             if not len(slice_):
                 continue
-            up = F.linear(slice_, self.up[e], None if self.up_bias is None else self.up_bias[e])
+            up = F.linear(slice_, up_weight[e], None if self.up_bias is None else self.up_bias[e])
             gate = None
-            if self.gate is not None:
-                gate = F.linear(slice_, self.gate[e], None if self.gate_bias is None else self.gate_bias[e])
+            if gate_weight is not None:
+                gate = F.linear(slice_, gate_weight[e], None if self.gate_bias is None else self.gate_bias[e])
             bias = None if self.down_bias is None else self.down_bias[e]
-            parts.append(F.linear(self._inner(up, gate), self.down[e], bias))
+            parts.append(F.linear(self._inner(up, gate), down_weight[e], bias))
         return torch.cat(parts) if parts else rows
 
     def _grouped(self, rows: Tensor, counts: Tensor) -> Tensor:

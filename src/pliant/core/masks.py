@@ -1,6 +1,9 @@
 """Which weights exist: masks with an exact count, how many weights each layer gives up, and networks without them.
 
-*Sparsity is over the weights of the Conv and Linear layers that were selected*, never over biases, norms or embeddings.
+*Sparsity is over the weights that were selected*: those of the Conv and Linear layers, and, where an example tells
+which there are, every other matrix of the network (``matrices.matrices``: stacked experts, recurrent weights, the
+projections of an attention, parameters of one's own). Never over biases, norms or embeddings. ``Coverage`` says what
+share of the network that is.
 
 A masked weight is a parametrisation, ``weight = where(mask, original, 0)``: the gradient of a masked entry is exactly
 zero, and whatever weight decay or momentum do to ``original`` there, the weight that the network uses stays zero.
@@ -31,6 +34,8 @@ and ``layer_mask``, ``row_mask``, ``group_mask`` (N:M) and ``global_masks`` turn
 from __future__ import annotations
 
 import math
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -41,7 +46,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
-from pliant.core.inputs import Input, call, evaluating, removing, rows_of
+from pliant.core.inputs import Input, call, evaluating, first_tensor, removing, rows_of
+from pliant.core.matrices import Bank, Matrix, matrices
 
 # -- which weights can go -------------------------------------------------------------------------------------------
 
@@ -75,8 +81,13 @@ class Weight:
         return value.detach()
 
 
-def prunable(model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> list[Weight]:
+def prunable(
+    model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = (), example: Input | None = None
+) -> list[Weight]:
     """The weights of all convolutions and linear layers whose layer name matches, in the model's order, tied ones once.
+
+    With an ``example``, which is run once, every other matrix of the network is among them. Its name is the layer's,
+    followed by the parameter's where that is not ``weight``: ``lstm.weight_hh_l0``.
 
     A weight that several layers share is taken if one of their names matches ``include`` and none ``exclude``; it is
     then masked wherever it is used, in an embedding too.
@@ -85,6 +96,7 @@ def prunable(model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterabl
         ValueError: a pattern matches no layer, or no layer is left.
     """
     include, exclude = _patterns("include", include), _patterns("exclude", exclude)
+    found_matrices = {} if example is None else {id(m.parameter): m for m in matrices(model, example)}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     named: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -93,21 +105,23 @@ def prunable(model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterabl
             if parameter is None:
                 continue
             holders.setdefault(id(parameter), []).append((module, attribute))
+            m = found_matrices.get(id(parameter))
             if attribute == "weight" and isinstance(module, _ConvNd | nn.Linear):
                 if isinstance(parameter, nn.parameter.UninitializedParameter):
                     raise ValueError(f"model: the lazy layer {layer!r} has no weight yet; run the model once first")
                 named.setdefault(id(parameter), []).append(layer)
                 parameters[id(parameter)] = parameter
+            elif m is not None and m.module is module and m.attribute == attribute:
+                named.setdefault(id(parameter), []).append(m.name)
+                parameters[id(parameter)] = parameter
     every = [name for names in named.values() for name in names]
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns:
-            if every and not any(fnmatchcase(name, pattern) for name in every):
-                raise ValueError(f"{argument}: {pattern!r} matches no Conv or Linear layer; there are: {_some(every)}")
+    check_patterns(
+        every, include, exclude, "matches no Conv or Linear layer" if example is None else "matches no layer"
+    )
     found = [
         Weight(names[0], parameters[key], tuple(holders[key]))
         for key, names in named.items()
-        if any(fnmatchcase(n, p) for n in names for p in include)
-        and not any(fnmatchcase(n, p) for n in names for p in exclude)
+        if any(chosen(n, include) for n in names) and not any(chosen(n, exclude) for n in names)
     ]
     if not found:
         raise ValueError(
@@ -115,6 +129,23 @@ def prunable(model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterabl
             + (f" that include={list(include)} and exclude={list(exclude)} leave" if every else "")
         )
     return found
+
+
+def chosen(name: str, include: Iterable[str], exclude: Iterable[str] = ()) -> bool:
+    """Whether a layer's name matches one of the patterns ``include`` and none of ``exclude``."""
+    return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+
+def check_patterns(names: Sequence[str], include: Iterable[str], exclude: Iterable[str], none: str) -> None:
+    """Every pattern matches one of ``names`` at least, if there are any.
+
+    Raises:
+        ValueError: one does not; the message is the argument, the pattern and ``none``.
+    """
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if names and not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"{argument}: {pattern!r} {none}; there are: {_some(names)}")
 
 
 def _patterns(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
@@ -130,25 +161,127 @@ def _some(names: Sequence[str]) -> str:
 def multiply_adds(model: nn.Module, weights: Sequence[Weight], example: Input) -> list[int]:
     """How often each entry of each weight is used for one sample of ``example``: H_out * W_out for a convolution.
 
-    Times the number of non-zero entries these are the multiply-adds of a layer. 0: the forward never calls the layer.
+    Times the number of non-zero entries these are the multiply-adds of a layer. For stacked experts it is the mean over
+    the experts. 0: the forward never uses the weight. To be asked before masks are attached.
     """
-    counts = [0] * len(weights)
+    counts = [0.0] * len(weights)
     where = {id(module): i for i, w in enumerate(weights) for module, _ in w.owners}
 
-    def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def count(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, _ConvTransposeNd):
             used = args[0].numel() // module.in_channels
         elif isinstance(module, _ConvNd):
             used = output.numel() // module.out_channels
         else:
-            used = output.numel() // output.shape[-1]
+            y = first_tensor(output)  # a subclass of nn.Linear may answer with more
+            used = y.numel() // y.shape[-1]
         counts[where[id(module)]] += used
 
+    def count_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bank = cast(Bank, Bank.of(module))
+        for attribute in (*bank.reads, bank.down):
+            stacked[id(module), attribute] += bank.tokens(args, kwargs)[1].numel() / bank.count
+
     layers = [m for w in weights for m, _ in w.owners if isinstance(m, _ConvNd | nn.Linear)]
-    with removing(m.register_forward_hook(count) for m in layers), evaluating(model), torch.no_grad():
+    others = [(i, m, a) for i, w in enumerate(weights) for m, a in w.owners if not isinstance(m, _ConvNd | nn.Linear)]
+    banks = {id(m): m for _, m, _ in others if Bank.of(m) is not None}
+    stacked: dict[tuple[int, str], float] = defaultdict(float)
+    hooks = [m.register_forward_hook(count) for m in layers]
+    hooks += [m.register_forward_pre_hook(count_experts, with_kwargs=True) for m in banks.values()]
+    with removing(hooks), evaluating(model), torch.no_grad():
         call(model, example)
+    for i, module, attribute in others:
+        counts[i] += stacked[id(module), attribute]
+    if not all(counts):  # layers that are read and never called, and parameters that are no layer's
+        factors = {id(m.parameter): m.multiply_adds for m in matrices(model, example)}
+        counts = [c or factors.get(id(w.parameter), 0.0) for c, w in zip(counts, weights, strict=True)]
     rows = rows_of(example)
     return [max(1, round(c / rows)) if c else 0 for c in counts]
+
+
+# -- what share of the network that is ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a network a method prunes, in numbers of weights.
+
+    ``pruned`` is over what the method can prune, ``matrices`` over all that multiply activations, ``parameters`` over
+    the whole network. ``left_out`` says of every matrix that is not pruned, by name, why not; ``refused`` are those
+    among them that the method cannot serve, though no argument excludes them.
+    """
+
+    pruned: int
+    matrices: int
+    parameters: int
+    left_out: dict[str, str]
+    refused: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """The pruned weights as a share of all matrices."""
+        return self.pruned / self.matrices
+
+    @property
+    def of_all(self) -> float:
+        """The pruned weights as a share of all parameters: a sparsity s there is s times this share of the whole."""
+        return self.pruned / self.parameters
+
+    def __str__(self) -> str:
+        """One line, and one for each matrix that is left out."""
+        lines = [
+            f"{self.pruned:,} weights are pruned: {self.share:.1%} of the network's matrices, {self.of_all:.1%} of its "
+            f"{self.parameters:,} parameters"
+        ]
+        return "\n".join(lines + [f"  {name}: {why}" for name, why in self.left_out.items()])
+
+
+def coverage(
+    model: nn.Module,
+    every: Sequence[Matrix],
+    pruned: Iterable[nn.Parameter],
+    why: Callable[[str, Matrix | None], tuple[str, bool]],
+) -> Coverage:
+    """The coverage of ``model`` with the matrices ``every`` by a method that prunes ``pruned``.
+
+    ``why`` tells of a matrix that is not pruned, by its name, the reason, and whether the method refuses it. A layer
+    whose weight is under a parametrisation has no matrix (None); it counts with the weights that come out of it.
+    """
+    inside = {id(p) for p in pruned}
+    reasons = {m.name: why(m.name, m) for m in every if id(m.parameter) not in inside}
+    total = sum(m.parameter.numel() for m in every)
+    for name, module in model.named_modules():
+        if isinstance(module, _ConvNd | nn.Linear) and parametrize.is_parametrized(module, "weight"):
+            total += module.weight.numel()
+            reasons[name] = why(name, None)
+    refused = tuple(name for name, (_, cannot) in reasons.items() if cannot)
+    size = sum(m.parameter.numel() for m in every if id(m.parameter) in inside)
+    whole = sum(p.numel() for p in model.parameters())
+    return Coverage(size, total, whole, {name: reason for name, (reason, _) in reasons.items()}, refused)
+
+
+def warn_refused(found: Coverage, stacklevel: int) -> None:
+    """Say which matrices the method cannot prune, if there are any, and what share that leaves."""
+    if found.refused:
+        shown = "; ".join(f"{name!r} ({found.left_out[name]})" for name in found.refused[:6])
+        more = f"; and {len(found.refused) - 6} more" if len(found.refused) > 6 else ""
+        warnings.warn(
+            f"model: {found.share:.1%} of its matrix weights are pruned, which are {found.of_all:.1%} of all its "
+            f"parameters. Left out: {shown}{more}. See .coverage; exclude them by name to leave them out on purpose",
+            stacklevel=stacklevel + 1,
+        )
+
+
+@torch.no_grad()
+def zeros_share(model: nn.Module) -> float:
+    """Share of zeros among all parameters of a network as it stands, masked ones as they are used, tied ones once."""
+    values: dict[int, Tensor] = {id(p): p for p in model.parameters()}
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for attribute, chain in cast(nn.ModuleDict, module.parametrizations).items():
+                if all(isinstance(m, Mask) for m in cast(nn.ModuleList, chain)):
+                    values[id(chain.original)] = getattr(module, attribute)
+    return count_zeros(values.values()) / sum(v.numel() for v in values.values())
 
 
 # -- the mask -------------------------------------------------------------------------------------------------------
@@ -175,7 +308,15 @@ def attach(weight: Weight) -> Mask:
     mask = Mask(weight.parameter)
     for module, attribute in weight.owners:
         parametrize.register_parametrization(module, attribute, mask)
+        if isinstance(module, nn.RNNBase) and _let_go not in module._forward_hooks.values():
+            module.register_forward_hook(_let_go, always_call=True)
     return mask
+
+
+@torch.no_grad()
+def _let_go(module: nn.Module, args: Any, output: Any) -> None:
+    """Recurrent layers keep a list of the weights of their last run; a masked one in it could not be copied."""
+    module._flat_weights = [w.detach() for w in cast(Any, module)._flat_weights]  # type: ignore[assignment]
 
 
 @torch.no_grad()
@@ -210,6 +351,11 @@ def bake(model: nn.Module) -> nn.Module:
                 del module.parametrizations
                 module.__class__ = masked.__bases__[0]
             module.register_parameter(attribute, original)
+            if isinstance(module, nn.RNNBase):
+                for key, hook in list(module._forward_hooks.items()):
+                    if hook is _let_go:
+                        del module._forward_hooks[key], module._forward_hooks_always_called[key]
+                module._init_flat_weights()
     return model
 
 
@@ -245,29 +391,32 @@ def magnitude_score(weight: Tensor) -> Tensor:
 
 
 def wanda_score(weight: Tensor, norm: Tensor) -> Tensor:
-    """|W[r, k]| * norm[k] for a weight (O, I) and the L2 norms (I,) of its input channels."""
-    if norm.shape != weight.shape[1:]:
-        raise ValueError(f"norm: its shape is {tuple(norm.shape)}; allowed: ({weight.shape[1]},), one for each input")
-    return _exact(weight).abs() * norm.to(weight.device)
+    """|W[r, k]| * norm[k] for a weight (O, I) and the L2 norms (I,) of its input channels; or (E, O, I) and (E, I)."""
+    wanted = (*weight.shape[:-2], weight.shape[-1])
+    if norm.shape != wanted:
+        raise ValueError(f"norm: its shape is {tuple(norm.shape)}; allowed: {wanted}, one for each input")
+    return _exact(weight).abs() * norm.to(weight.device)[..., None, :]
 
 
 def sparsegpt_score(weight: Tensor, hessian: Tensor, damp: float = 0.01) -> Tensor:
-    """W[r, k]^2 / U[k, k]^2 for a weight (O, I) and H (I, I), in float64.
+    """W[r, k]^2 / U[k, k]^2 for a weight (O, I) and H (I, I), in float64; or (E, O, I) and (E, I, I).
 
     An input that was always zero has H[k, k] = 0; its weights do nothing and go first.
     """
-    size = weight.shape[1]
-    if hessian.shape != (size, size):
-        raise ValueError(f"hessian: its shape is {tuple(hessian.shape)}; allowed: ({size}, {size})")
+    size = weight.shape[-1]
+    wanted = (*weight.shape[:-2], size, size)
+    if hessian.shape != wanted:
+        raise ValueError(f"hessian: its shape is {tuple(hessian.shape)}; allowed: {wanted}")
     if not damp > 0:
         raise ValueError(f"damp: {damp} is not allowed; it must be above 0")
     h = hessian.double().to(weight.device).clone()
-    dead = h.diagonal() == 0
-    h.diagonal()[dead] = 1.0
-    h.diagonal().add_(damp * h.diagonal().mean())
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    diagonal.add_(damp * diagonal.mean(-1, keepdim=True))
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    score = weight.detach().double().square() / upper.diagonal().square()
-    found: Tensor = score.masked_fill(dead, 0.0)
+    score = weight.detach().double().square() / upper.diagonal(dim1=-2, dim2=-1).square()[..., None, :]
+    found: Tensor = score.masked_fill(dead[..., None, :], 0.0)
     return found
 
 
@@ -291,19 +440,19 @@ def layer_mask(score: Tensor, zeros: int) -> Tensor:
 
 
 def row_mask(score: Tensor, zeros: int) -> Tensor:
-    """The kept mask without the ``zeros`` smallest scores of every row of (O, I)."""
-    return _without(score, zeros, "zeros")
+    """The kept mask without the ``zeros`` smallest scores of every row of (O, I) or (E, O, I)."""
+    return _without(score.reshape(-1, score.shape[-1]), zeros, "zeros").view(score.shape)
 
 
 def group_mask(score: Tensor, n: int, m: int) -> Tensor:
-    """The N:M mask: the ``n`` largest scores of every ``m`` consecutive inputs of (O, I) are kept.
+    """The N:M mask: the ``n`` largest scores of every ``m`` consecutive inputs of (O, I) or (E, O, I) are kept.
 
     Raises:
         ValueError: I is not a multiple of m, or n is not below m.
     """
     _check_pattern(n, m)
-    if score.shape[1] % m:
-        raise ValueError(f"pattern: {n}:{m} needs a number of inputs that {m} divides; the layer has {score.shape[1]}")
+    if score.shape[-1] % m:
+        raise ValueError(f"pattern: {n}:{m} needs a number of inputs that {m} divides; the layer has {score.shape[-1]}")
     return _without(score.reshape(-1, m), m - n, "pattern").view(score.shape)
 
 
@@ -333,11 +482,11 @@ def _check_pattern(n: int, m: int) -> None:
 
 
 def follows_pattern(kept: Tensor, n: int, m: int) -> bool:
-    """Whether every ``m`` consecutive inputs of a mask (O, I), or of a weight, have at most ``n`` that are not zero."""
+    """Whether every ``m`` consecutive inputs of masks (..., O, I), or weights, have at most ``n`` that are not zero."""
     _check_pattern(n, m)
-    if kept.dim() != 2 or kept.shape[1] % m:
+    if kept.dim() < 2 or kept.shape[-1] % m:
         return False
-    return bool(((kept != 0).view(len(kept), -1, m).sum(-1) <= n).all())
+    return bool(((kept != 0).reshape(-1, m).sum(-1) <= n).all())
 
 
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -374,9 +523,11 @@ def count_zeros(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() - int(torch.count_nonzero(t)) for t in tensors)
 
 
-def sparsity_of(model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = ()) -> float:
-    """Share of zeros among the Conv and Linear weights of a plain network."""
-    weights = [w.parameter for w in prunable(model, include, exclude)]
+def sparsity_of(
+    model: nn.Module, include: Iterable[str] = ("*",), exclude: Iterable[str] = (), example: Input | None = None
+) -> float:
+    """Share of zeros among the Conv and Linear weights of a plain network; with an ``example``, among all matrices."""
+    weights = [w.parameter for w in prunable(model, include, exclude, example)]
     return count_zeros(weights) / sum(w.numel() for w in weights)
 
 

@@ -23,6 +23,9 @@ itself, for t = 1..T (``refine``)::
 In N:M patterns g is the same, and d = argmin of the *start's* score among the kept, untouched weights of g's group,
 whatever its sign.
 
+Stacked experts (E, O, I) are so many matrices, each with the statistics of the tokens that are routed to it. An expert
+that no token of the calibration reaches has none, and is pruned by magnitude.
+
 A language model is pruned block by block: statistics of a block are those of the network whose earlier blocks are
 sparse already (``DSnoT.prune``).
 
@@ -58,14 +61,22 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pliant.core import masks
-from pliant.core.activations import InputStatistics, Variance, is_matrix, matrix, observe, write_matrix
+from pliant.core.activations import (
+    Observed,
+    StackedStatistics,
+    Statistics,
+    Variance,
+    is_matrix,
+    observe,
+    tell_apart,
+    token_masks,
+)
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
@@ -85,6 +96,7 @@ from pliant.core.inputs import (
     take,
     to_device,
 )
+from pliant.core.matrices import Bank, Matrix, matrices
 from pliant.core.sparse import compile_sparse
 
 Start = Literal["wanda", "magnitude", "sparsegpt"]
@@ -102,7 +114,10 @@ _FIT_ROWS = 128
 
 @dataclass(frozen=True)
 class Refined:
-    """A refined mask (O, I), e_r before and after (O,) in float64, and the accepted swaps of each row (O,)."""
+    """A refined mask (O, I), e_r before and after (O,) in float64, and the accepted swaps of each row (O,).
+
+    Of a stack: (E, O, I) and (E, O).
+    """
 
     kept: Tensor
     before: Tensor
@@ -112,7 +127,7 @@ class Refined:
 
 def expected_error(weight: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
     """e_r (O,) of a weight (O, I) under a mask (O, I), for inputs of mean (I,): the sum of C over what is pruned."""
-    return (weight.detach().double() * mean.double()).masked_fill(kept, 0.0).sum(1)
+    return (weight.detach().double() * mean.double()[..., None, :]).masked_fill(kept, 0.0).sum(-1)
 
 
 @torch.no_grad()
@@ -134,7 +149,8 @@ def refine(
     """Swap pruned weights for kept ones, row by row, until the expected error is small: the paper's algorithm.
 
     Args:
-        weight: W (O, I), dense; any floating type. The arithmetic is float64.
+        weight: W (O, I), dense; any floating type. The arithmetic is float64. Or a stack (E, O, I), with ``kept`` and
+            ``score`` of the same shape and the statistics (E, I).
         kept: the start (O, I), true where a weight is kept.
         mean: mu (I,), the mean of each input channel.
         variance: v (I,), the population variance.
@@ -151,16 +167,16 @@ def refine(
     Raises:
         ValueError: shapes differ, ``pattern`` comes without ``score``, or ``kept`` does not follow it.
     """
-    rows, columns = weight.shape
+    columns, each = weight.shape[-1], (*weight.shape[:-2], weight.shape[-1])
     for name, tensor, shape in (
-        ("kept", kept, (rows, columns)),
-        ("mean", mean, (columns,)),
-        ("variance", variance, (columns,)),
-        ("norm", norm, (columns,)),
-        ("score", kept if score is None else score, (rows, columns)),
+        ("kept", kept, weight.shape),
+        ("mean", mean, each),
+        ("variance", variance, each),
+        ("norm", norm, each),
+        ("score", kept if score is None else score, weight.shape),
     ):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: its shape is {tuple(tensor.shape)}; allowed: {shape}")
+        if tensor.shape != torch.Size(shape):
+            raise ValueError(f"{name}: its shape is {tuple(tensor.shape)}; allowed: {tuple(shape)}")
     if pattern is not None:
         if score is None:
             raise ValueError("score: a pattern needs the score that its mask was made from")
@@ -168,16 +184,22 @@ def refine(
             raise ValueError(f"kept: the mask does not follow the pattern {pattern[0]}:{pattern[1]}")
     if not same_sign and pattern is None:
         cycles = min(cycles, max(1, round(_CAP * columns)))
-    mu, v = mean.double(), variance.double()
-    v = torch.maximum(v, 1e-12 * mu.square().max()) ** variance_power
+    mu, v, nrm = (t.double().view(-1, columns) for t in (mean, variance, norm))
+    v = torch.maximum(v, 1e-12 * mu.square().amax(1, keepdim=True)) ** variance_power
+    flat, start = weight.detach().reshape(-1, columns), kept.reshape(-1, columns)
+    scores = None if score is None else score.reshape(-1, columns)
+    owner = torch.arange(len(mu), device=weight.device).repeat_interleave(weight.shape[-2])  # each row's matrix
     parts = []
     step = max(1, _AT_ONCE // max(1, columns))
-    for part in (slice(first, first + step) for first in range(0, rows, step)):
-        c = weight[part].detach().double() * mu
-        s = weight[part].detach().double().abs() * norm.double()
-        chosen = None if score is None else score[part]
-        parts.append(_refine_rows(c, s, v, kept[part], cycles, same_sign, eps, pattern, chosen, shrinking))
-    return Refined(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    for part in (slice(first, first + step) for first in range(0, len(flat), step)):
+        m, u, n = (t if len(t) == 1 else t[owner[part]] for t in (mu, v, nrm))
+        w = flat[part].double()
+        chosen = None if scores is None else scores[part]
+        parts.append(
+            _refine_rows(w * m, w.abs() * n, u, start[part], cycles, same_sign, eps, pattern, chosen, shrinking)
+        )
+    mask, *others = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Refined(mask.view(weight.shape), *(t.view(weight.shape[:-1]) for t in others))
 
 
 def _refine_rows(
@@ -303,7 +325,8 @@ class LayerReport:
 
     ``swaps`` is the mean over the rows; ``error_before`` and ``error_after`` are the mean |e_r|, ``squared_before`` and
     ``squared_after`` the sum of e_r^2 over the rows: the squared bias of the layer's output. The error is what the mask
-    leaves; ``correction="bias"`` then takes it away.
+    leaves; ``correction="bias"`` then takes it away. Stacked experts are one layer with the rows of all; ``unreached``
+    is how many of them no token reached, which were pruned by magnitude.
     """
 
     name: str
@@ -316,6 +339,7 @@ class LayerReport:
     error_after: float
     squared_before: float
     squared_after: float
+    unreached: int = 0
 
 
 class Report(tuple[LayerReport, ...]):
@@ -328,31 +352,32 @@ class Report(tuple[LayerReport, ...]):
         for r in self:
             shape, swaps = f"{r.rows}x{r.columns}", f"{r.swaps:.1f}" if r.refined else "-"
             errors = f"{r.error_before:.3g} -> {r.error_after:.3g}"
-            lines.append(f"{r.name:{width}}  {shape:>13}  {r.sparsity:5.1%}  {swaps:>9}  {errors}")
+            note = f"  ({r.unreached} experts without tokens: by magnitude)" if r.unreached else ""
+            lines.append(f"{r.name:{width}}  {shape:>13}  {r.sparsity:5.1%}  {swaps:>9}  {errors}{note}")
         return "\n".join(lines)
 
 
 class _Stored(nn.Module):
     """The masks of one setting, packed, and its biases where they are corrected."""
 
-    def __init__(self, layers: Sequence[nn.Module], biases: bool) -> None:
+    def __init__(self, layers: Sequence[Matrix], biases: bool) -> None:
         super().__init__()
         for i, layer in enumerate(layers):
-            w = cast(Tensor, layer.weight)
+            w = layer.parameter
             self.register_buffer(f"bits{i}", torch.zeros(-(-w.numel() // 8), dtype=torch.uint8, device=w.device))
-            if biases:
-                self.register_buffer(f"bias{i}", torch.zeros_like(cast(Tensor, layer.bias)))
+            if biases and (bias := layer.bias) is not None:
+                self.register_buffer(f"bias{i}", torch.zeros_like(bias))
 
 
 class _Removed(nn.Module):
     """What the setting in use has taken out of the parameters: pruned values, and dense biases."""
 
-    def __init__(self, layers: Sequence[nn.Module], zeros: Sequence[int], biases: bool) -> None:
+    def __init__(self, layers: Sequence[Matrix], zeros: Sequence[int], biases: bool) -> None:
         super().__init__()
         for i, (layer, k) in enumerate(zip(layers, zeros, strict=True)):
-            self.register_buffer(f"values{i}", cast(Tensor, layer.weight).detach().new_zeros(k))
-            if biases:
-                self.register_buffer(f"bias{i}", torch.zeros_like(cast(Tensor, layer.bias)))
+            self.register_buffer(f"values{i}", layer.parameter.detach().new_zeros(k))
+            if biases and (bias := layer.bias) is not None:
+                self.register_buffer(f"bias{i}", torch.zeros_like(bias))
 
 
 # -- block by block -------------------------------------------------------------------------------------------------
@@ -385,7 +410,8 @@ class _Runner:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], data: Sequence[Input]) -> None:
         self.model, self.blocks = model, blocks
-        self.data = [to_device(x, device_of(model)) for x in data]
+        self.data = [tell_apart(to_device(x, device_of(model))) for x in data]
+        self.masks = [token_masks(model, x) for x in self.data]
         self.first: list[Tensor] = []
         self.calls: list[list[_Call]] = []  # for each batch, for each block
         self.chained = len(blocks) > 1 and all(self._capture(x) for x in self.data)
@@ -424,9 +450,10 @@ class _Runner:
         """Back to the inputs of the first block."""
         self.hidden = list(self.first)
 
-    def run(self, index: int) -> None:
-        """Run every batch through block ``index``."""
+    def run(self, index: int, seen: Observed) -> None:
+        """Run every batch through block ``index``, seen with the batch's masks."""
         for i, x in enumerate(self.data):
+            seen.masks = self.masks[i]
             if self.chained:
                 self.calls[i][index](self.blocks[index], self.hidden[i])
             else:
@@ -465,8 +492,11 @@ class DSnoT(Dynamic):
     """A trained network whose dial is the sparsity of its layers; each setting is a mask refined without training.
 
     The dial is ``Point(sparsity=s)`` for every s, ``Point(pattern="2:4")`` for every pattern, and the dense network,
-    ``Point(sparsity=0.0)``. Sparsity is the share of zeros in every output row of the pruned layers: the ``Linear``,
-    ``Conv2d`` (of one group) and transformers' ``Conv1D`` layers inside the blocks. Embeddings, norms and head stay.
+    ``Point(sparsity=0.0)``. Sparsity is the share of zeros in every output row of the pruned matrices: the ``Linear``,
+    ``Conv2d`` (of one group) and transformers' ``Conv1D`` layers inside the blocks, stacked experts (each expert by the
+    tokens that reach it), recurrent weights, and other parameters that multiply activations as a whole. Embeddings,
+    norms and head stay. ``coverage`` says what share of the network that is and why each other matrix is left out
+    (a warning names those that cannot be served), ``sparsity_of(point)`` the share of zeros in the whole network.
 
     ``use`` puts zeros into the parameters themselves and keeps the pruned values aside, so the dense network is there
     again, bit by bit, when the dial is turned back; forward costs what the plain network costs. A setting is made when
@@ -479,8 +509,9 @@ class DSnoT(Dynamic):
         model: a trained network: of transformers, or any with Linear or Conv2d layers. Wrapped, not copied.
         example: an input it accepts: token ids (B, T), images, a tuple or mapping of tensors; or an iterable of
             batches. All of it serves as calibration where ``calibration`` is None.
-        calibration: inputs to take the statistics from, a tensor or mapping, or batches. Unpadded sequences: padding
-            would count. Do not take the text that you evaluate on.
+        calibration: inputs to take the statistics from, a tensor or mapping, or batches. Where sequences are padded, in
+            mappings with their ``attention_mask``: what it leaves out does not count. Do not take the text that you
+            evaluate on.
         start: the score of the first mask: "wanda", "magnitude", "sparsegpt". All by rows.
         sparsity: the sparsities on the dial, each in (0, 1); may be empty where there are patterns.
         pattern: N:M patterns on the dial, such as ("2:4", "4:8"): N kept of every M consecutive inputs.
@@ -493,7 +524,8 @@ class DSnoT(Dynamic):
         variance: "total", or "within" sequences as the reference has it.
         refine: which layers are refined, by name (``attention_only`` is the reference's default); None: all. The
             others keep their start.
-        correction: "bias": what is left of e_r goes into the layer's bias, which is made where there is none.
+        correction: "bias": what is left of e_r goes into the layer's bias, which is made where there is none (stacked
+            experts and bare parameters that have none keep their error).
         include: patterns of the names of layers that are pruned.
         exclude: patterns of those that are not.
         blocks: the path of the list of blocks, such as "model.layers"; None finds the longest list of blocks of one
@@ -574,15 +606,17 @@ class DSnoT(Dynamic):
 
         self.model = model
         self._block_names = _find_blocks(model, blocks)
-        self._names = self._select()
+        self._layers = self._select()
+        self._names = [layer.name for layer in self._layers]
+        masks.warn_refused(self.coverage, stacklevel=2)
         if dense_weights is not None:
             self._load_dense(dense_weights)
         self._check_layers(dense_weights is None)
         if correction == "bias":
             for layer in self._layers:
-                if layer.bias is None:
-                    w = cast(Tensor, layer.weight)
-                    layer.bias = nn.Parameter(w.detach().new_zeros(len(matrix(layer))), requires_grad=False)
+                if layer.kind == "layer" and layer.module.bias is None:
+                    zeros = layer.parameter.detach().new_zeros(len(layer.read()))
+                    layer.module.bias = nn.Parameter(zeros, requires_grad=False)
         self.stored = nn.ModuleDict()  # by position on the dial, from the dense network on
         self.removed = self._empty([0] * len(self._names))
         self.reports: dict[Point, Report] = {}
@@ -615,6 +649,15 @@ class DSnoT(Dynamic):
         found = [(1.0 - s, Point(sparsity=s)) for s in self.sparsity]
         found += [(n / m, Point(pattern=p)) for p, (n, m) in self._patterns.items()]
         return [point for _, point in sorted(found, key=lambda item: item[0])] + [DENSE]
+
+    def sparsity_of(self, point: Mapping[str, Value]) -> float:
+        """The share of zeros in the whole network at ``point``, among all its parameters; made first if need be."""
+        before = self.point
+        self.use(point)
+        try:
+            return masks.zeros_share(self.model)
+        finally:
+            self.use(before)
 
     def use(self, point: Mapping[str, Value]) -> Self:
         """Turn the dial; a setting that was never made is made from the calibration data.
@@ -700,7 +743,7 @@ class DSnoT(Dynamic):
         return self.reports[wanted]
 
     def mask(self, name: str, point: Mapping[str, Value]) -> Tensor:
-        """The mask (O, I) of the layer ``name`` at ``point``, true where a weight is kept.
+        """The mask of the layer ``name`` at ``point``, (O, I) or (E, O, I), true where a weight is kept.
 
         Raises:
             ValueError: there is no such layer or point.
@@ -708,7 +751,7 @@ class DSnoT(Dynamic):
         if name not in self._names:
             raise ValueError(f"name: {name!r} is not pruned; there are: {', '.join(self._names)}")
         wanted = self._known(point)
-        shape = matrix(self.model.get_submodule(name)).shape
+        shape = self._layers[self._names.index(name)].read().shape
         if wanted == DENSE:
             return torch.ones(shape, dtype=torch.bool, device=device_of(self.model))
         self.report(wanted)
@@ -741,7 +784,7 @@ class DSnoT(Dynamic):
             inside = [i for i, name in enumerate(self._names) if not block or f"{name}.".startswith(f"{block}.")]
             layers = {self._names[i]: self._layers[i] for i in inside}
             with observe(layers, hessian=self.start == "sparsegpt", variance=self.variance) as seen:
-                runner.run(index)
+                runner.run(index, seen)
             for i in inside:
                 statistics = seen[self._names[i]]
                 if not statistics.count:
@@ -752,25 +795,28 @@ class DSnoT(Dynamic):
                 kept, error, report = self._mask_layer(i, statistics, point)
                 rows.append(report)
                 stored.get_buffer(f"bits{i}").copy_(masks.pack_bits(kept))
-                if self.correction == "bias":
-                    stored.get_buffer(f"bias{i}").copy_(cast(Tensor, self._layers[i].bias) + error)
+                if self.correction == "bias" and (bias := self._layers[i].bias) is not None:
+                    stored.get_buffer(f"bias{i}").copy_(bias + error)
                 self._take_out(i)
             if index + 1 < len(self._block_names):
                 runner.advance(index)
         return Report(rows)
 
-    def _mask_layer(self, i: int, seen: InputStatistics, point: Point) -> tuple[Tensor, Tensor, LayerReport]:
+    def _mask_layer(self, i: int, seen: Statistics, point: Point) -> tuple[Tensor, Tensor, LayerReport]:
         """The mask of layer ``i``, the error that it leaves (O,), and the report."""
-        name, weight = self._names[i], matrix(self._layers[i])
+        name, weight = self._names[i], self._layers[i].read()
+        unreached = [e for e, n in enumerate(seen.counts) if not n] if isinstance(seen, StackedStatistics) else []
         if self.start == "magnitude":
             score = masks.magnitude_score(weight)
         elif self.start == "wanda":
             score = masks.wanda_score(weight, seen.norm)
         else:
             score = masks.sparsegpt_score(weight, seen.hessian)
+        if unreached:
+            score[unreached] = masks.magnitude_score(weight[unreached]).to(score)
         pattern = self._patterns[str(point["pattern"])] if "pattern" in point else None
         if pattern is None:
-            kept = masks.row_mask(score, zeros_in_row(weight.shape[1], float(point["sparsity"])))
+            kept = masks.row_mask(score, zeros_in_row(weight.shape[-1], float(point["sparsity"])))
         else:
             kept = masks.group_mask(score, *pattern)
         chosen = self.refine is None or self.refine(name)
@@ -792,8 +838,8 @@ class DSnoT(Dynamic):
         before, after = found.before, found.after
         report = LayerReport(
             name=name,
-            rows=len(weight),
-            columns=weight.shape[1],
+            rows=weight.shape[:-1].numel(),
+            columns=weight.shape[-1],
             sparsity=1.0 - float(found.kept.double().mean()),
             refined=chosen and self.cycles > 0,
             swaps=float(found.swaps.double().mean()),
@@ -801,14 +847,11 @@ class DSnoT(Dynamic):
             error_after=float(after.abs().mean()),
             squared_before=float(before.square().sum()),
             squared_after=float(after.square().sum()),
+            unreached=len(unreached),
         )
         return found.kept, after, report
 
     # -- turning the dial -------------------------------------------------------------------------------------------
-
-    @property
-    def _layers(self) -> list[nn.Module]:
-        return [self.model.get_submodule(name) for name in self._names]
 
     def _key(self, point: Point) -> str:
         return str(self.points()[::-1].index(point))
@@ -816,7 +859,7 @@ class DSnoT(Dynamic):
     def _kept(self, i: int) -> Tensor:
         """The mask of layer ``i`` at the setting in use."""
         bits = cast(_Stored, self.stored[self._key(self.point)]).get_buffer(f"bits{i}")
-        return masks.unpack_bits(bits, matrix(self._layers[i]).shape)
+        return masks.unpack_bits(bits, self._layers[i].read().shape)
 
     def _go(self, point: Point) -> None:
         """Put every value back in its place, then take out what ``point`` prunes."""
@@ -826,11 +869,11 @@ class DSnoT(Dynamic):
             values = self.removed.get_buffer(f"values{i}")
             if not values.numel():  # nothing is missing: the dense network, or one whose masks are being made
                 continue
-            weight = matrix(layer).clone()
+            weight = layer.read().clone()
             weight[~self._kept(i)] = values
-            write_matrix(layer, weight)
-            if self.correction == "bias":
-                cast(Tensor, layer.bias).copy_(self.removed.get_buffer(f"bias{i}"))
+            layer.write(weight)
+            if self.correction == "bias" and (bias := layer.bias) is not None:
+                bias.copy_(self.removed.get_buffer(f"bias{i}"))
         self.removed = self._empty([0] * len(self._names))
         self.point = point
         if point != DENSE:
@@ -840,11 +883,10 @@ class DSnoT(Dynamic):
     def _take_out(self, i: int) -> None:
         """Move what is pruned of layer ``i`` out of its weight, and its dense bias out of its bias."""
         layer, kept = self._layers[i], self._kept(i)
-        weight = matrix(layer)
+        weight = layer.read()
         self.removed.register_buffer(f"values{i}", weight[~kept].clone())
-        write_matrix(layer, weight.masked_fill(~kept, 0.0))
-        if self.correction == "bias":
-            bias = cast(Tensor, layer.bias)
+        layer.write(weight.masked_fill(~kept, 0.0))
+        if self.correction == "bias" and (bias := layer.bias) is not None:
             self.removed.register_buffer(f"bias{i}", bias.detach().clone())
             bias.copy_(cast(_Stored, self.stored[self._key(self.point)]).get_buffer(f"bias{i}"))
 
@@ -877,48 +919,55 @@ class DSnoT(Dynamic):
 
     # -- which layers -------------------------------------------------------------------------------------------------
 
-    def _select(self) -> list[str]:
-        """Names of the layers to prune, in the model's order, tied weights once."""
+    def _select(self) -> list[Matrix]:
+        """The layers to prune, in the model's order, tied weights once; and ``coverage``, which says what they are."""
         blocks = self._block_names
-        every = {
-            name: module
-            for name, module in self.model.named_modules()
-            if is_matrix(module) and any(not b or f"{name}.".startswith(f"{b}.") for b in blocks)
-        }
-        for argument, patterns in (("include", self.include), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if every and not any(fnmatchcase(name, pattern) for name in every):
+        every = matrices(self.model, self.example)
+
+        def inside(name: str) -> bool:
+            return any(not b or f"{name}.".startswith(f"{b}.") for b in blocks)
+
+        names = [m.name for m in every if inside(m.name)]
+        masks.check_patterns(names, self.include, self.exclude, "matches no layer inside the blocks")
+        wanted = {name for name in names if masks.chosen(name, self.include, self.exclude)}
+        for name, module in self.model.named_modules():
+            if is_matrix(module) and inside(name) and masks.chosen(name, self.include, self.exclude):
+                weight = module._parameters.get("weight")
+                if weight is None or not weight.is_floating_point():
                     raise ValueError(
-                        f"{argument}: {pattern!r} matches no layer inside the blocks; there are: {', '.join(every)}"
+                        f"model: the weight of {name!r} is no plain floating-point parameter (parametrised or "
+                        "quantised); exclude the layer, or make it plain first"
                     )
-        found: dict[int, str] = {}
-        for name, module in every.items():
-            included = any(fnmatchcase(name, p) for p in self.include)
-            if included and not any(fnmatchcase(name, p) for p in self.exclude):
-                found.setdefault(id(module.weight), name)
+
+        lists = [] if self.blocks is not None else _lists_of_blocks(self.model)
+
+        def why(name: str, m: Matrix | None) -> tuple[str, bool]:
+            if not inside(name):
+                more = any(f"{name}.".startswith(f"{child}.") for children in lists for child in children)
+                return f"outside the blocks {blocks[0].rpartition('.')[0]!r}", more
+            return ("excluded", False) if m is None or name not in wanted else (m.unobserved, True)
+
+        found = [m for m in every if m.name in wanted and not m.unobserved]
         if not found:
             raise ValueError(
-                f"model: {type(self.model).__name__} has no Linear, Conv1D or Conv2d layer (of one group)"
-                + (f" that include={self.include} and exclude={self.exclude} leave" if every else " inside the blocks")
+                f"model: {type(self.model).__name__} has no Linear, Conv1D or Conv2d layer (of one group), nor another "
+                "matrix whose inputs can be observed"
+                + (f", that include={self.include} and exclude={self.exclude} leave" if every else " inside the blocks")
                 + f"; blocks={self.blocks!r} means {blocks}"
             )
-        return list(found.values())
+        self.coverage = masks.coverage(self.model, every, [m.parameter for m in found], why)
+        return found
 
     def _check_layers(self, zeros: bool) -> None:
         """Every layer can be pruned as the dial says, and holds dense values."""
-        for name, layer in zip(self._names, self._layers, strict=True):
-            weight = layer._parameters.get("weight")
-            if weight is None or not weight.is_floating_point():
-                raise ValueError(
-                    f"model: the weight of {name!r} is no plain floating-point parameter (parametrised or quantised); "
-                    "exclude the layer, or make it plain first"
-                )
-            if matrix(layer).data_ptr() != weight.data_ptr():
+        for layer in self._layers:
+            name, weight = layer.name, layer.parameter
+            if layer.read().data_ptr() != weight.data_ptr():
                 raise ValueError(
                     f"model: the weight of {name!r} is not contiguous (channels_last?), so it has no matrix to write "
                     "to; call model.to(memory_format=torch.contiguous_format) first"
                 )
-            columns = matrix(layer).shape[1]
+            columns = layer.read().shape[-1]
             for pattern, (_, m) in self._patterns.items():
                 if columns % m:
                     raise ValueError(f"pattern: {pattern!r} does not fit {name!r}, whose rows have {columns} inputs")
@@ -931,8 +980,8 @@ class DSnoT(Dynamic):
 
     @torch.no_grad()
     def _load_dense(self, dense: Mapping[str, Tensor]) -> None:
-        for name, layer in zip(self._names, self._layers, strict=True):
-            weight, key = cast(Tensor, layer.weight), f"{name}.weight"
+        for layer in self._layers:
+            weight, key = layer.parameter, layer.key
             if key not in dense or dense[key].shape != weight.shape:
                 found = f"has shape {tuple(dense[key].shape)}" if key in dense else "is missing"
                 raise ValueError(f"dense_weights: {key!r} {found}; the model has {tuple(weight.shape)}")
@@ -942,7 +991,8 @@ class DSnoT(Dynamic):
         """The settings."""
         return (
             f"start={self.start!r}, sparsity={self.sparsity}, pattern={self.pattern}, cycles={self.cycles}, "
-            f"layers={len(self._names)}, blocks={len(self._block_names)}, at {self.point}"
+            f"layers={len(self._names)}, blocks={len(self._block_names)}, {self.coverage.share:.1%} of the matrices, "
+            f"at {self.point}"
         )
 
 
@@ -998,13 +1048,18 @@ def _find_blocks(model: nn.Module, blocks: str | None) -> list[str]:
         if not isinstance(container, nn.ModuleList | nn.Sequential) or not len(container):
             raise ValueError(f"blocks: {blocks!r} is a {type(container).__name__}; allowed: a list of blocks")
         return [f"{blocks}.{child}" for child, _ in container.named_children()]
-    best: list[str] = []
+    return max(_lists_of_blocks(model), key=len, default=[""])
+
+
+def _lists_of_blocks(model: nn.Module) -> list[list[str]]:
+    """The names of the children of every list of two or more blocks of one class that have matrices."""
+    found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module}) == 1:
-            layered = all(any(is_matrix(m) for m in child.modules()) for child in module)
-            if layered and len(module) > max(1, len(best)):
-                best = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-    return best or [""]
+            layered = all(any(is_matrix(m) or Bank.of(m) for m in child.modules()) for child in module)
+            if layered and len(module) > 1:
+                found.append([f"{name}.{child}" if name else child for child, _ in module.named_children()])
+    return found
 
 
 def _loss(model: nn.Module, batch: Any, criterion: Criterion | None) -> Tensor:

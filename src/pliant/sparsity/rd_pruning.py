@@ -55,6 +55,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pliant.core import masks
+from pliant.core.activations import answer_mask
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
@@ -74,6 +75,7 @@ from pliant.core.inputs import (
     split_batch,
     to_device,
 )
+from pliant.core.matrices import Matrix, matrices
 from pliant.core.sparse import compile_sparse
 
 Mode = Literal["iterative", "oneshot"]
@@ -157,22 +159,40 @@ def distortion_curves(
 
 @torch.no_grad()
 def outputs(model: nn.Module, data: Sequence[Input]) -> list[Tensor]:
-    """The logits for each calibration input, in evaluation mode."""
+    """The logits for each calibration input, in evaluation mode; zero where an input's mask says that none count."""
     with evaluating(model):
-        found = [logits(call(model, x)).detach().clone() for x in data]
+        found = [_answer(model, x)[0].detach().clone() for x in data]
     if not all(bool(torch.isfinite(y).all()) for y in found):
         raise ValueError("calibration: the model's output on it contains NaN or infinity")
     return found
 
 
 def _distortion(model: nn.Module, data: Sequence[Input], target: Sequence[Tensor], reduce: Reduce) -> float:
-    """reduce_x mean_c (target - output)^2; single samples in the output's precision, their sum in float64."""
-    moved = [(y - logits(call(model, x))).square().flatten(1).mean(1) for x, y in zip(data, target, strict=True)]
+    """reduce_x mean_c (target - output)^2; single samples in the output's precision, their sum in float64.
+
+    Of answers (B, T, C) that have a mask, the mean is over each sample's own positions: padding moves nothing.
+    """
+    moved = []
+    for x, y in zip(data, target, strict=True):
+        answer, counted = _answer(model, x)
+        each = (y - answer).square().flatten(1).mean(1)
+        moved.append(each if counted is None else each * (counted.shape[1] / counted.sum(1).clamp_min(1)))
     each = torch.cat(moved).double()
     value = float(each.mean() if reduce == "mean" else each.max())
     if not math.isfinite(value):
         raise ValueError("model: pruned, its output contains NaN or infinity")
     return value
+
+
+def _answer(model: nn.Module, x: Input) -> tuple[Tensor, Tensor | None]:
+    """The logits, zero at positions that do not count, and the mask (B, T) of those that do."""
+    y = logits(call(model, x))
+    counted = answer_mask(model, x, y)
+    return (
+        (y, None)
+        if counted is None
+        else (y.masked_fill(~counted.view(*counted.shape, *[1] * (y.dim() - 2)), 0.0), counted)
+    )
 
 
 # -- the dynamic programme ------------------------------------------------------------------------------------------
@@ -343,9 +363,12 @@ class RDPruning(Dynamic):
     """A trained network whose dial is its sparsity; each setting has its own masks and its own fine-tuned values.
 
     The dial is ``Point(sparsity=s)`` for every s, and ``Point(sparsity=0.0)``, the dense network. Sparsity is the share
-    of zeros among the Conv and Linear weights chosen by ``include`` and ``exclude`` (with ``cost="macs"``, the share of
-    their multiply-adds that is gone). ``use`` exchanges the values and masks in the parameters, which stay the same
-    objects; the setting that is left is stored first, so nothing that was trained is lost.
+    of zeros among the weights chosen by ``include`` and ``exclude`` (with ``cost="macs"``, the share of their
+    multiply-adds that is gone). They are those of Conv and Linear layers and every other matrix that the example
+    multiplies: stacked experts, recurrent weights, projections of an attention, parameters of one's own; each is one
+    layer. ``coverage`` says what share of the network that is, ``sparsity_of(point)`` the share of zeros in the whole
+    of it, biases, norms and embeddings included. ``use`` exchanges the values and masks in the parameters, which stay
+    the same objects; the setting that is left is stored first, so nothing that was trained is lost.
 
     ``fit`` has one phase for each sparsity, in ascending order: plan and mask, then fine-tune with the masks fixed.
     Without training, ``prune()`` masks every setting from measured curves alone, and a setting that was never made is
@@ -363,8 +386,8 @@ class RDPruning(Dynamic):
         max_layer_sparsity: the largest share that ``allocation="rd"`` may remove from one layer.
         cost: what the sparsity is a share of: "parameters" or "macs".
         allocation: "rd", or one of the opponents: "lamp", "erk", "uniform", "global".
-        include: patterns of layer names that may be pruned.
-        exclude: patterns of layer names that may not.
+        include: patterns of the names of layers that may be pruned (``lstm.weight_hh_l0`` for a parameter).
+        exclude: patterns of the names of those that may not.
         warmup: share of ``fit`` that trains the dense network first, for a network that is not trained yet.
         criterion: ``criterion(logits, target)``; cross entropy where it is None.
 
@@ -420,7 +443,7 @@ class RDPruning(Dynamic):
         self.example, self.calibration, self.criterion = example, calibration, criterion
         self._data = _calibration(calibration, example)
 
-        weights = masks.prunable(model, include, exclude)
+        weights = masks.prunable(model, include, exclude, example)
         uses = masks.multiply_adds(model, weights, example)
         if unreached := [w.name for w, n in zip(weights, uses, strict=True) if not n]:
             warnings.warn(
@@ -431,6 +454,16 @@ class RDPruning(Dynamic):
             raise ValueError("model: its forward calls none of the prunable layers as a module")
         self._units = [n if cost == "macs" else 1 for n in uses if n]
         self._check_reachable()
+        never = {w.name for w, n in zip(weights, uses, strict=True) if not n}
+
+        def why(name: str, m: Matrix | None) -> tuple[str, bool]:
+            if m is None and masks.chosen(name, self.include, self.exclude):
+                return "its weight is under a parametrisation", True
+            return ("the forward never uses it" if name in never else "excluded"), False
+
+        taken = [w.parameter for w in self._weights]
+        self.coverage = masks.coverage(model, matrices(model, example), taken, why)
+        masks.warn_refused(self.coverage, stacklevel=2)
 
         self.model = model
         for weight in self._weights:
@@ -459,6 +492,11 @@ class RDPruning(Dynamic):
     def points(self) -> list[Point]:
         """The sparsities from the highest to the dense network."""
         return [Point(sparsity=s) for s in reversed(self.sparsity)] + [DENSE]
+
+    def sparsity_of(self, point: Mapping[str, Value]) -> float:
+        """The share of zeros in the whole network at ``point``, among all its parameters; see ``coverage``."""
+        with self._at(point):
+            return masks.zeros_share(self.model)
 
     def use(self, point: Mapping[str, Value]) -> Self:
         """Turn the dial: store the values in use, put those of ``point`` into the same parameters.
@@ -757,7 +795,10 @@ class RDPruning(Dynamic):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"sparsity={self.sparsity}, mode={self.mode!r}, allocation={self.allocation!r}, at {self.point}"
+        return (
+            f"sparsity={self.sparsity}, mode={self.mode!r}, allocation={self.allocation!r}, "
+            f"{self.coverage.share:.1%} of the matrices, at {self.point}"
+        )
 
 
 def _sparsities(sparsity: float | Sequence[float]) -> tuple[float, ...]:
