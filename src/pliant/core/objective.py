@@ -1,8 +1,8 @@
 """What a task is: how wrong an output is, how good, how alike two outputs are, and how a batch is parted.
 
-Methods, ``fit`` and ``measure`` ask here and nowhere else. What a user gives (``criterion=``, ``metric=``, a function for
-distillation) goes before everything; defaults are inferred only where they are certain, and a question is raised as an
-error elsewhere:
+Methods, ``fit`` and ``measure`` ask here and nowhere else. What a user gives (``criterion=``, ``metric=``, a function
+for distillation) goes before everything; defaults are inferred only where they are certain, and a question is raised
+as an error elsewhere:
 
     target                                   loss              quality    distillation between outputs
     whole numbers, one for each place where  cross entropy     accuracy   KL over the classes
@@ -11,8 +11,8 @@ error elsewhere:
     real numbers of the output's shape       criterion=        metric=    mean squared difference
     anything else                            criterion=        metric=    a function of (student, teacher)
 
-Classes lie along dimension 1 (B, C, ...) or, as in language models, along the last one (B, T, C): the shapes tell which,
-and where both fit, outputs of transformers models have theirs last and others have to be asked.
+Classes lie along dimension 1 (B, C, ...) or, as in language models, along the last one (B, T, C): the shapes tell
+which, and where both fit, outputs of transformers models have theirs last and others have to be asked.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def class_axis(output: Tensor, target: Tensor, *, last: bool = False) -> int | N
     if first and behind and output.ndim > 2 and not last:
         raise ValueError(
             f"target: with an output of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)} the "
-            "classes may lie along dimension 1 or along the last one; say which by criterion= and metric=, for instance "
-            "criterion=lambda output, target: torch.nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())"
+            "classes may lie along dimension 1 or along the last one; say which by criterion= and metric=, for "
+            "instance criterion=lambda y, t: torch.nn.functional.cross_entropy(y.flatten(0, 1), t.flatten())"
         )
     return output.ndim - 1 if behind and (last or not first) else 1 if first else None
 

@@ -305,7 +305,8 @@ class Slicing:
         self.stacks = find_stacks(model, self.example) if stacks is None else self._check_stacks(stacks)
         reading = read_channels(model, self.example) if width else None
         self._agreement = Agreement(model, self.example, reading.norms if reading is not None else ())
-        self._settle_depth(named=stacks is not None)
+        if stacks is None:
+            self._settle_depth()
         if reading is not None:
             self._settle_width(reading, divisor)
             self._report()
@@ -458,17 +459,13 @@ class Slicing:
         }
         return self._agreement.problem(network.run, self._gone(sizes), blocks, dict(kernels or {}), x)
 
-    def _settle_depth(self, named: bool) -> None:
-        """Stacks that do not shorten to what they should are none."""
+    def _settle_depth(self) -> None:
+        """Stacks that were found and do not shorten to what they should are none."""
         for name, blocks in list(self.stacks.items()):
             for count in sorted({1, (blocks + 1) // 2, blocks - 1} - {0, blocks}):
-                problem = self.check({}, {name: count})
-                if problem is None:
-                    continue
-                if named:
-                    raise ValueError(f"stacks: {name!r} cannot be cut to {count} of its {blocks} blocks: {problem}")
-                del self.stacks[name]
-                break
+                if self.check({}, {name: count}) is not None:
+                    del self.stacks[name]
+                    break
 
     def _settle_width(self, reading: Reading, divisor: int) -> None:
         """Groups that do not shrink to what they should stay whole.
@@ -560,7 +557,7 @@ class Slicing:
 
     def _problem_of(self, group: Group, generator: torch.Generator) -> str | None:
         """What is wrong with the group cut alone, also with the numbers that modules keep beside their weights."""
-        trials = [_drawn(group, generator), group.bundle]
+        trials: tuple[int | set[int], ...] = (_drawn(group, generator), group.bundle)
 
         def problem() -> str | None:
             found = (self.check({group.name: kept}) for kept in trials)
@@ -889,7 +886,7 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
             return {}, {}
         runs = _runs(module.num_parameters, lost)
         return {"weight": {0: runs}}, {"num_parameters": _length(runs)}
-    names = ("weight", "bias", "running_mean", "running_var")
+    tensors = ("weight", "bias", "running_mean", "running_var")
     if isinstance(module, nn.GroupNorm):
         runs = _runs(module.num_channels, lost)
         size, full = _length(runs), module.num_channels
@@ -900,7 +897,7 @@ def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[
     else:
         runs = _runs(int(module.num_features), lost)  # type: ignore[arg-type]
         attributes = {"num_features": _length(runs)}
-    return _present(module, {name: {0: runs} for name in names}), attributes
+    return _present(module, {name: {0: runs} for name in tensors}), attributes
 
 
 def _held(module: nn.Module, name: str) -> bool:

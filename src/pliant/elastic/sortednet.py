@@ -140,8 +140,8 @@ class SortedNet(Dynamic):
         self.weights = self._check_weights(weights)
         self._networks: dict[Point, SubNetwork] = {}
         for point in self._points:
-            width, depth = float(point["width"]), float(point["depth"])
-            if problem := self.slicing.check(self.slicing.sizes(width), self.slicing.depths(depth)):
+            sizes = self.slicing.sizes(float(point["width"])), self.slicing.depths(float(point["depth"]))
+            if problem := self.slicing.check(*sizes):
                 raise ValueError(f"model: it cannot be run at {point}: {problem}")
             self._networks[point] = self._network(point)
         self._costs: dict[Point, dict[str, int]] = {}
