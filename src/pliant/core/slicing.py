@@ -159,6 +159,15 @@ class SubNetwork:
         _put(self.modules, tensors)
         return call(self.skeleton, x)
 
+    def set_mode(self, model: nn.Module, training: bool = True) -> None:
+        """Training or evaluation mode; what is in evaluation mode in ``model`` stays so (frozen normalisation)."""
+        self.skeleton.train(training)
+        if training:
+            full = dict(model.named_modules(remove_duplicate=False))
+            for name, module in self.modules.items():
+                if name in full:
+                    module.training = module.training and full[name].training
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SubNetwork:
         return SubNetwork(_skeleton(self.skeleton), copy.deepcopy(self.cuts, memo), self.example)
 
@@ -193,6 +202,11 @@ class SubNetwork:
                     owner[leaf] = _cut(full[name], self.cuts[name]).contiguous()
             _refresh(mount.network.modules())  # type: ignore[union-attr]
         return call(mount.network, x)  # type: ignore[arg-type]
+
+    @cached_property
+    def twin(self) -> SubNetwork:
+        """The same sub-network with a skeleton of its own, for another mode at the same time."""
+        return SubNetwork(_skeleton(self.skeleton), self.cuts, self.example)
 
     @cached_property
     def _mount(self) -> _Mount:
@@ -513,7 +527,7 @@ class Slicing:
 
     def _why_single(self, group: Group, divisor: int) -> str:
         if len(group.ids) > 1:
-            return f"divisor={divisor} leaves nothing of their number to choose"
+            return ""  # the divisor leaves nothing of their number to choose
         return _ONE_UNIT if group.channels > 1 else ""
 
     def _alike(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
@@ -606,8 +620,10 @@ class Slicing:
     def _report(self) -> None:
         """Say what keeps its width; refuse a network of which nothing can be cut."""
         reasons: dict[str, list[str]] = {}
+        cut = {m.module for g in self.groups for m in g.members if m.side != "in"}
         for name, text in self.whole.items():
-            pattern, reason = (re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in (name, text))
+            pattern, reason = (re.sub(r"\.\d+(?=\.)", ".*", n) for n in (name, text))
+            pattern = name if fnmatch.filter(cut, pattern) else pattern  # it must not name what is cut
             if pattern not in reasons.setdefault(reason, []):
                 reasons[reason].append(pattern)
         lines = [f"{', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}: {why}"
