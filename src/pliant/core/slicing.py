@@ -551,7 +551,9 @@ class Slicing:
         generator = torch.Generator().manual_seed(0)
 
         def together(groups: Sequence[Group]) -> str | None:
-            trials: list[dict[str, Any]] = [{g.name: g.bundle for g in groups}]
+            trials: list[dict[str, Any]] = [
+                {g.name: n * g.bundle for g in groups for n in (k(g.units),)} for k in _PREFIXES
+            ]
             trials += [{g.name: _drawn(g, generator) for g in groups} for _ in range(2)]
             return next((problem for sizes in trials if (problem := self.check(sizes)) is not None), None)
 
@@ -583,7 +585,7 @@ class Slicing:
 
     def _problem_of(self, group: Group, generator: torch.Generator) -> str | None:
         """What is wrong with the group cut alone, also with the numbers that modules keep beside their weights."""
-        trials: tuple[int | set[int], ...] = (_drawn(group, generator), group.bundle)
+        trials: list[int | set[int]] = [_drawn(group, generator), *(k(group.units) * group.bundle for k in _PREFIXES)]
 
         def problem() -> str | None:
             found = (self.check({group.name: kept}) for kept in trials)
@@ -806,6 +808,7 @@ class Slicing:
 
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
 _EXCLUDED = "excluded"
+_PREFIXES: tuple[Callable[[int], int], ...] = (lambda units: 1, lambda units: max(1, units - 1))  # kept units to try
 _ONE_UNIT = "all its channels form one unit, which has to stay"
 
 
