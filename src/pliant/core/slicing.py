@@ -93,10 +93,6 @@ class Group:
     ids: tuple[int, ...] = ()  # of its units, as they were read
 
     @property
-    def linked(self) -> frozenset[str]:
-        return frozenset({self.name})
-
-    @property
     def bundle(self) -> int:
         """The channels of one unit: what is kept is a multiple of it."""
         return self.channels // self.units

@@ -473,7 +473,7 @@ class Consensus(Dynamic):
                 writers.append(m.module)
             else:
                 readers[m.module] = (m.positions, m.channels)
-        if len(writers) != 1 or not readers or group.bundle != 1 or len(group.linked) > 1:
+        if len(writers) != 1 or not readers or group.bundle != 1:
             return None
         return _Readers(group, writers[0], readers)
 
