@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pliant.core.inputs import Input
+from pliant.core.inputs import Input, step_by_step
 from pliant.core.matrices import Bank, Matrix, Product, Products, plain_kernels
 from pliant.core.matrices import is_matrix as is_matrix
 from pliant.core.matrices import matrix as matrix
@@ -318,6 +318,7 @@ def observe(
     modules: dict[int, nn.Module] = {}
     factors: dict[str, Matrix] = {}
     with ExitStack() as stack:
+        stack.enter_context(step_by_step())
         for name, layer in layers.items():
             m = layer if isinstance(layer, Matrix) else Matrix(name, layer)
             if m.unobserved:

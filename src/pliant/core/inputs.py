@@ -207,11 +207,27 @@ def next_token_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 @contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Hooks for the length of the block: they are taken off at its end, exception or not."""
-    handles = list(handles)
+def step_by_step() -> Iterator[None]:
+    """Within the block torch's transformer layers run operation by operation, without fused paths, nested tensors."""
+    before = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
     try:
         yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks for the length of the block: they are taken off at its end, exception or not.
+
+    Torch's transformer layers run ``step_by_step`` meanwhile, for their fused paths pass by hooks or hand them nested
+    tensors, which have no shape.
+    """
+    handles = list(handles)
+    try:
+        with step_by_step():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -228,17 +244,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for m, training in flags:
             m.training = training
-
-
-@contextmanager
-def step_by_step() -> Iterator[None]:
-    """Within the block torch's transformer layers run operation by operation, without fused paths, nested tensors."""
-    before = torch.backends.mha.get_fastpath_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.mha.set_fastpath_enabled(False)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)  # type: ignore[no-untyped-call]
 
 
 def check_example(model: nn.Module, example: Input) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pliant.core.inputs import Input, call, evaluating, first_tensor, logits, rows_of, take
+from pliant.core.inputs import Input, call, evaluating, first_tensor, logits, rows_of, step_by_step, take
 
 Compact = str | float
 # (exit number, hidden state of the rows present, their places in the input) -> (rows that leave (n,) bool, answers)
@@ -115,6 +115,8 @@ class ExitPlan:
             return hook
 
         with ExitStack() as stack:
+            if only != ():
+                stack.enter_context(step_by_step())
             for k in range(len(self)) if only is None else only:
                 handle = model.get_submodule(self.names[k]).register_forward_hook(after(k))
                 stack.callback(handle.remove)
@@ -141,6 +143,7 @@ class ExitPlan:
             return hook
 
         with ExitStack() as stack:
+            stack.enter_context(step_by_step())
             for k, name in enumerate(self.names):
                 stack.callback(model.get_submodule(name).register_forward_hook(after(k)).remove)
             prediction = logits(call(model, x))
@@ -309,6 +312,7 @@ def _execution(model: nn.Module, x: Input) -> list[str]:
     """Names of the modules in the order in which they finish, once for each call."""
     order: list[str] = []
     with ExitStack() as stack:
+        stack.enter_context(step_by_step())
         for name, module in model.named_modules():
             if name:
                 hook = module.register_forward_hook(lambda m, a, o, name=name: order.append(name))
@@ -333,6 +337,7 @@ def _lengths(model: nn.Module, x: Input, names: set[str]) -> dict[str, tuple[dic
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(step_by_step())
         for name in names:
             handle = model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True)
             stack.callback(handle.remove)
@@ -368,6 +373,7 @@ def block_rows(model: nn.Module, names: Sequence[str], function: Callable[[], An
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(step_by_step())
         for name in names:
             handle = model.get_submodule(name).register_forward_pre_hook(watch(name), with_kwargs=True)
             stack.callback(handle.remove)
