@@ -72,8 +72,8 @@ from pliant.core.inputs import (
     device_of,
     evaluating,
     inputs_of,
-    logits,
     packed,
+    predictions,
     removing,
     rows_of,
     split_batch,
@@ -768,7 +768,8 @@ class FTWT(Dynamic):
                 torch.ones(rows_of(example), head.out_features, dtype=torch.bool, device=plain.device)
                 for head in self._heads
             ]
-            if not torch.equal(logits(self.trace(example, ones, execution="masked").output), plain):
+            gated = predictions(self.trace(example, ones, execution="masked").output)
+            if not all(torch.equal(gated[name], y) for name, y in predictions(call(model, example)).items()):
                 raise ValueError(
                     "model: with all gates open its output changes; an activation works in place and its result is not "
                     "used. Write x = self.act(x)"
