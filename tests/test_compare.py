@@ -139,7 +139,7 @@ def test_the_sparsity_family_on_your_own_network_and_what_does_not_fit_it(own: P
         (["compare", "--model", "mine:network", "--data", "mine:empty"], "empty part"),
         (
             ["compare", "--model", "mine:dictionary", "--data", "mine:loaders"],
-            "target: what int64 (64,) means beside an output dict of 2 cannot be known; give criterion=",
+            "beside an output dict of 2 cannot be known; give criterion=",
         ),
         (["compare", "--seeds", "0", "--task", "digits"], "seeds: 0"),
         (["reproduce", "nothing"], "unknown 'nothing'"),

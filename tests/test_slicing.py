@@ -97,11 +97,9 @@ def test_any_whole_units_can_stay_not_only_the_first(make: type[nn.Module]) -> N
     model = randomise_statistics(make()).eval()
     x = torch.randn(3, *((1, 28, 28) if make is SmallResNet else (3, 8, 8)))
     slicing = Slicing(model, x)
-    units: dict[frozenset[str], set[int]] = {}
     kept_channels = {}
     for g in slicing.groups:
-        drawn = torch.randperm(g.units)[: max(1, g.units // 2)].tolist()
-        chosen = units.setdefault(g.linked, set(drawn))
+        chosen = torch.randperm(g.units)[: max(1, g.units // 2)].tolist()
         kept_channels[g.name] = {c for c in range(g.channels) if c // g.bundle in chosen}
     network = slicing.build(kept_channels)
     network.skeleton.eval()

@@ -70,7 +70,7 @@ class Channels:
     """What was read: for each carrier the channel and the unit at each position, 0 where the position stays.
 
     ``why`` tells for the units that must stay whole what keeps them so; ``parted`` are the units in each place where
-    the forward parts channels into equal pieces.
+    a view parts one dimension of channels into two.
     """
 
     channels: dict[Carrier, Ids] = field(default_factory=dict)
@@ -99,8 +99,8 @@ class Reading:
     def channels(self, pieces: Mapping[int, int] | None = None, ties: Sequence[tuple[int, int]] = ()) -> Channels:
         """Which positions carry which channels.
 
-        Where the forward parts channels into h pieces of d (a view, ``chunk``) it cannot be read which of the two
-        numbers follows the width. ``pieces`` tells for such places, by their number in ``Channels.parted``: 1, whole
+        Where a view parts channels into h pieces of d it cannot be read which of the two numbers follows the width.
+        ``pieces`` tells for such places, by their number in ``Channels.parted``: 1, whole
         pieces go; 2, every piece loses the same. Others are left open. ``ties`` are pairs of units that go together.
         """
         return self._tracer.result(pieces or {}, ties)

@@ -55,8 +55,7 @@ class Feeds:
     def __init__(self, slicing: Slicing, example: Input, block_of: Callable[[str], Block | None]) -> None:
         self._modules = dict(slicing.model.named_modules())
         self.order = {name: i for i, name in enumerate(self._modules)}
-        self.first = _first_of_equals(slicing.groups)
-        self.groups = [g for g in slicing.groups if self.first[g.name] == g.name]
+        self.groups = slicing.groups
         self._inputs: dict[str, list[tuple[Group, int]]] = {}
         for group in self.groups:
             for m in group.members:
@@ -111,19 +110,6 @@ class Feeds:
             for name, side in sides
             if isinstance(self._modules.get(name), _ConvNd | nn.Linear)
         ]
-
-
-def _first_of_equals(groups: list[Group]) -> dict[str, str]:
-    """For each group the first one that the same layers make, which is of the same channels: often itself."""
-    names: dict[tuple[str, frozenset[int], int], str] = {}
-    first: dict[str, str] = {}
-    for group in groups:
-        keys = [(m.module, frozenset(m.positions), group.channels) for m in group.members if m.side == "out"]
-        known = next((names[k] for k in keys if k in names), group.name)
-        first[group.name] = known
-        for key in keys:
-            names.setdefault(key, known)
-    return first
 
 
 def _reach(start: str, edges: Mapping[str, set[str]], through: set[str]) -> set[str]:

@@ -370,11 +370,8 @@ def _move(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> 
         _note_parts(t, first, moved)
     elif base in ("channel_shuffle", "native_channel_shuffle"):
         t.bundle(t.side(first, 1)[1].reshape(args[1], -1).T)  # every group loses the same
-    elif isinstance(moved, tuple | list) and len(moved) > 1:
-        dim = argument(func, args, kwargs, "dim", 0)
-        others = [d for d in range(first.ndim) if d != dim % first.ndim]
-        if varies(first, dim) and not any(varies(first, d) for d in others) and len({m.shape for m in moved}) == 1:
-            t.part(extremes(first, others)[0].reshape(len(moved), -1))
+    elif _are_pieces(moved) and varies(first, argument(func, args, kwargs, "dim", 0)):
+        _equal_pieces(t, moved, f"{base} in {t.place()} parts them from others")
     pairs = zip(tensors_in(out), tensors_in(moved), strict=True)
     for y, labels in pairs:
         if name.endswith("_") and not name.startswith("_"):
@@ -397,6 +394,20 @@ def _align(t: Tracer, base: str, parts: Sequence[Tensor], dim: int) -> None:
     for other in rows[1:]:
         if other.shape == rows[0].shape:
             t.tie(rows[0], other, units=True)
+
+
+def _are_pieces(moved: Any) -> bool:
+    return isinstance(moved, tuple | list) and len(moved) > 1 and len({m.shape for m in moved}) == 1
+
+
+def _equal_pieces(t: Tracer, pieces: Sequence[Tensor], why: str) -> None:
+    """Equal pieces of a tensor stay equal: what stands at one place of all of them goes together, or not at all."""
+    stacked = torch.stack(list(pieces))
+    top, low = stacked.amax(0), stacked.amin(0)
+    fixed = (low <= WHOLE) & (top > WHOLE)
+    t.freeze(torch.where(fixed, stacked, 0.0), why)
+    for piece in pieces:
+        t.tie(torch.where(fixed, 0.0, piece), top, units=True)
 
 
 def _note_parts(t: Tracer, before: Tensor, after: Tensor) -> None:

@@ -48,7 +48,6 @@ from pliant.core.inputs import (
     device_of,
     evaluating,
     first_tensor,
-    logits,
     map_tensors,
     rows_of,
     take,
@@ -262,7 +261,6 @@ class _Inner:
     feed: Feed | None  # what its channels are made of
     source: Feed | None  # what they are a share of
     scaled: bool  # by the expansion of its block
-    bound: Group | None = None  # a grouped convolution keeps it at the share of that group
 
 
 class Axes:
@@ -375,19 +373,13 @@ class Axes:
     def _find_stages(self, kernel: Sequence[int]) -> dict[str, Stage]:
         stages = {name: Stage(name, blocks) for name, blocks in self.slicing.stacks.items()}
         order = {name: i for i, (name, _) in enumerate(self.slicing.model.named_modules())}
-        clusters: dict[frozenset[str], list[Group]] = {}
         for group in self.slicing.groups:
-            clusters.setdefault(group.linked, []).append(group)
-        for cluster in clusters.values():
-            members = [m for g in cluster for m in g.members]
-            places = {self._place(m.module) for m in members}
+            places = {self._place(m.module) for m in group.members}
             if len(places) == 1 and (place := next(iter(places))) is not None:
-                stages[place[0]].inner.setdefault(place[1], []).extend(cluster)
-                continue
-            if all(self._feeds.first[g.name] in self._feeds.gates for g in cluster):
-                continue  # it follows the channels that it weighs
-            name = self._home(cluster, order)
-            stages.setdefault(name, Stage(name)).width.extend(sorted(cluster, key=lambda g: -g.channels))
+                stages[place[0]].inner.setdefault(place[1], []).append(group)
+            elif group.name not in self._feeds.gates:  # a gate follows the channels that it weighs
+                name = self._home(group, order)
+                stages.setdefault(name, Stage(name)).width.append(group)
         for stage in stages.values():
             stage.width.sort(key=lambda g: -g.channels)
             for groups in stage.inner.values():
@@ -401,13 +393,13 @@ class Axes:
                     stages[place[0]].kernels.setdefault(place[1], {})[name] = full
         return dict(sorted(stages.items(), key=lambda s: order.get(s[0], -1)))
 
-    def _home(self, cluster: Sequence[Group], order: Mapping[str, int]) -> str:
+    def _home(self, group: Group, order: Mapping[str, int]) -> str:
         """The stage of channels that reach beyond one block: where most blocks make them.
 
         Channels that are made outside of the stages and go through one block only, as a stem's do into a block without
         an expansion, are a stage of their own, named after the layer that makes them.
         """
-        made = [m.module for g in cluster for m in g.members if m.side == "out"] or [cluster[0].name]
+        made = [m.module for m in group.members if m.side == "out"] or [group.name]
         places = {self._place(name) for name in made}
         votes = Counter(place[0] for place in places if place is not None)
         stack, blocks = votes.most_common(1)[0] if votes else ("", 0)
@@ -417,12 +409,11 @@ class Axes:
 
     def _order_inner(self) -> list[_Inner]:
         """What sizes each inner group, every group after those that it follows."""
-        first, gates = self._feeds.first, self._feeds.gates
-        outside = {g.name: g for g in self._feeds.groups if g.name in gates}
+        outside = {g.name: g for g in self.slicing.groups if g.name in self._feeds.gates}
         blocks: list[tuple[tuple[str, int] | None, list[Group]]] = []
         for name, stage in self.stages.items():
             for block, inside in sorted(stage.inner.items()):
-                blocks.append(((name, block), [g for g in inside if first[g.name] == g.name]))
+                blocks.append(((name, block), inside))
                 outside = {n: g for n, g in outside.items() if n not in {i.name for i in inside}}
         found: list[_Inner] = []
         for place, groups in [*blocks, (None, list(outside.values()))]:
@@ -431,10 +422,7 @@ class Axes:
             while waiting:
                 ready = {name: f for name, g in waiting.items() if (f := self._choose(g, place, waiting, inside_names))}
                 name = next(iter(ready), next(iter(waiting)))
-                entry = self._size_by(waiting.pop(name), place, ready.get(name), inside_names)
-                found.append(entry)
-                for mate in [n for n in waiting if n in entry.group.linked]:
-                    found.append(replace(entry, group=waiting.pop(mate), bound=entry.group))
+                found.append(self._size_by(waiting.pop(name), place, ready.get(name), inside_names))
         for entry in found:
             self._check_rule(entry)
         return found
@@ -468,8 +456,6 @@ class Axes:
 
     def _check_rule(self, entry: _Inner) -> None:
         """The rule that sizes a group must give its full size in the full network."""
-        if entry.bound is not None:
-            return
         group, size = entry.group, self._inner_size(entry, {}, self.full_expansion)
         if size == group.channels:
             return
@@ -543,23 +529,32 @@ class Axes:
         return found
 
     def _try(self, example: Input) -> None:
-        """The smallest network, and the smallest along each axis alone, must run and keep the output's shape."""
-        largest, smallest = self.space.largest, self.space.smallest
-        axes = {c.axis for c in self.space.coordinates.values()}
-        for axis in [*sorted(axes), "every axis at once"]:
-            values = {
-                n: smallest[n] if axis in (c.axis, "every axis at once") else largest[n]
-                for n, c in self.space.coordinates.items()
-            }
-            point = self.space.canonical(Point(**values))
-            network = self.network(point)
+        """Networks along each axis, the smallest and some drawn ones must compute what they should.
+
+        Raises:
+            ValueError: one does not; the message names its axis, the point, and what is wrong.
+        """
+        for axis, point in self._trials():
+            sizes, depths, kernels = self.sizes(point), self.depths(point), self.kernels(point)
             try:
-                with evaluating(network.skeleton), torch.no_grad():
-                    shape = tuple(logits(network.run(self.slicing.model, self.resized(example, point))).shape)
+                problem = self.slicing.check(sizes, depths, kernels, self.resized(example, point))
             except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-                raise ValueError(f"{axis}: the model does not run at {point}: {error}") from error
-            if shape != self.slicing.shape:
-                raise ValueError(f"{axis}: at {point} the output has shape {shape}, not {self.slicing.shape}")
+                problem = str(error)
+            if problem is not None:
+                raise ValueError(f"{axis}: the model does not run at {point}: {problem}")
+
+    def _trials(self) -> list[tuple[str, Point]]:
+        """(axis, point): each level of each axis alone, others at their largest; the smallest; three drawn ones."""
+        largest, found = self.space.largest, []
+        for axis in sorted({c.axis for c in self.space.coordinates.values()}):
+            mine = {n: c.choices for n, c in self.space.coordinates.items() if c.axis == axis}
+            for level in range(max(len(choices) for choices in mine.values()) - 1):
+                values = {n: choices[min(level, len(choices) - 1)] for n, choices in mine.items()}
+                found.append((axis, self.space.canonical(Point(**{**largest, **values}))))
+        generator = torch.Generator().manual_seed(0)
+        found.append(("every axis at once", self.space.smallest))
+        found += [("axes together", self.space.canonical(self.space.sample(generator))) for _ in range(3)]
+        return list({point: (axis, point) for axis, point in reversed(found)}.values())[::-1]
 
     # -- the network of a point ---------------------------------------------------------------------------------------
 
@@ -572,14 +567,10 @@ class Axes:
                 channels = int(point.get(f"{name}.width", main.channels))
                 found[group.name] = channels if group is main else _size(group, channels / main.channels)
         for entry in self._inner:
-            group, bound = entry.group, entry.bound
-            if bound is not None:
-                found[group.name] = group.channels * found[bound.name] // bound.channels
-                continue
             name, block = entry.place if entry.place is not None else ("", 0)
             e = point.get(f"{name}.{block}.expansion", point.get(f"{name}.expansion", self.full_expansion))
-            found[group.name] = min(group.channels, self._inner_size(entry, found, float(e)))
-        found.update({name: found[same] for name, same in self._feeds.first.items() if same in found})
+            size = self._inner_size(entry, found, float(e))
+            found[entry.group.name] = min(entry.group.channels, size)
         return found
 
     def _inner_size(self, entry: _Inner, found: Mapping[str, int], e: float) -> int:

@@ -729,10 +729,11 @@ class PruningAdapters(Dynamic):
         self._sums, self._epoch = {}, {}
 
     def _drop(self, setting: _Setting, scores: Mapping[str, Tensor], count: int) -> int:
-        """Remove channels, unit by unit, groups that a grouped convolution links together."""
+        """Remove channels, unit by unit, until ``count`` are gone."""
         network = self._network(setting)
-        totals: dict[frozenset[str], Tensor] = {}
         groups = {g.name: g for g in self.slicing.groups}
+        kept = {name: set(setting.kept.get(name, range(g.channels))) for name, g in groups.items()}
+        candidates = []
         for group in groups.values():
             total, writers = torch.zeros(group.channels, dtype=torch.float64), 0
             for name, positions, channels in self._writers(group):
@@ -741,25 +742,15 @@ class PruningAdapters(Dynamic):
                 full[_positions(network.cuts.get(f"{name}.weight", {}), 0, len(full))] = scores[name].cpu()
                 total.index_add_(0, torch.tensor(channels), full[list(positions)])
                 writers += 1
-            if writers:
-                by_unit = total.view(group.units, -1).mean(1) / writers
-                totals[group.linked] = totals.get(group.linked, torch.zeros_like(by_unit)) + by_unit / len(group.linked)
-        kept = {name: set(setting.kept.get(name, range(g.channels))) for name, g in groups.items()}
-        candidates = sorted(
-            (float(total[unit]), sorted(linked)[0], unit, linked)
-            for linked, total in totals.items()
-            for unit in range(len(total))
-            if unit * groups[next(iter(linked))].bundle in kept[next(iter(linked))]
-        )  # fmt: skip
+            for unit, score in enumerate(total.view(group.units, -1).mean(1) / writers if writers else ()):
+                if unit * group.bundle in kept[group.name]:
+                    candidates.append((float(score), group.name, unit))
         gone = 0
-        for _, _, unit, linked in candidates:
+        for _, name, unit in sorted(candidates):
             if gone >= count:
                 break
-            first = groups[next(iter(linked))]
-            if len(kept[first.name]) <= first.bundle:
-                continue  # the last unit of its layer
-            for name in linked:
-                bundle = groups[name].bundle
+            bundle = groups[name].bundle
+            if len(kept[name]) > bundle:  # not the last unit of its layer
                 kept[name] -= set(range(unit * bundle, (unit + 1) * bundle))
                 gone += bundle
         self._shrink(setting, kept)
@@ -878,8 +869,8 @@ class PruningAdapters(Dynamic):
     def _network(self, setting: _Setting) -> SubNetwork:
         if setting.network is None:
             setting.network = self.slicing.build(cast(Any, setting.kept))
-        if setting.network.skeleton.training != self.training:
-            setting.network.skeleton.train(self.training)
+        if self.training or setting.network.skeleton.training:
+            setting.network.set_mode(self.model, self.training)
         return setting.network
 
     def _tensors(self, setting: _Setting, fused: bool) -> dict[str, Tensor]:
