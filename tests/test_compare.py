@@ -25,7 +25,7 @@ def dictionary():
         def __init__(self):
             super().__init__(); self.l = nn.Linear(6, 3)
         def forward(self, x):
-            return {"scores": self.l(x)}
+            return {"scores": self.l(x), "boxes": self.l(x)}
     return D()
 def loaders():
     g = torch.Generator().manual_seed(0)
@@ -137,7 +137,10 @@ def test_the_sparsity_family_on_your_own_network_and_what_does_not_fit_it(own: P
         (["compare", "--model", "mine:loaders", "--data", "mine:loaders"], "must return an nn.Module"),
         (["compare", "--model", "mine:network", "--data", "mine:two"], "three loaders"),
         (["compare", "--model", "mine:network", "--data", "mine:empty"], "empty part"),
-        (["compare", "--model", "mine:dictionary", "--data", "mine:loaders"], "dict with keys"),
+        (
+            ["compare", "--model", "mine:dictionary", "--data", "mine:loaders"],
+            "beside an output dict of 2 cannot be known; give criterion=",
+        ),
         (["compare", "--seeds", "0", "--task", "digits"], "seeds: 0"),
         (["reproduce", "nothing"], "unknown 'nothing'"),
         (["reproduce", "sortednet", "--seeds", "0"], "seeds: 0"),

@@ -15,7 +15,8 @@ from torch import nn
 
 from pliant.core import persistence
 from pliant.core.dynamic import Dynamic, Point
-from pliant.core.inputs import call, cross_entropy, split_batch
+from pliant.core.inputs import call, split_batch
+from pliant.core.objective import cross_entropy
 from pliant.core.persistence import (
     CONFIG,
     TENSORS,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pliant.core import persistence, training
 from pliant.core.dynamic import Dynamic, Point
-from pliant.core.inputs import cross_entropy
+from pliant.core.objective import cross_entropy
 from pliant.core.persistence import SavedFileError, read_folder
 from pliant.core.training import DivergedError, fit
 

@@ -79,6 +79,11 @@ def compare(
     ] = 10,
     model: Annotated[str, typer.Option(help="module:function that returns your own network.")] = "",
     data: Annotated[str, typer.Option(help="module:function that returns (train, validation, test).")] = "",
+    criterion: Annotated[str, typer.Option(help="module:name of a loss for your own data; cross entropy else.")] = "",
+    metric: Annotated[str, typer.Option(help="module:name of a metric for your own data; accuracy else.")] = "",
+    lower_is_better: Annotated[
+        bool | None, typer.Option("--lower-is-better/--higher-is-better", help="The metric's direction.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the chart, the figures and the networks.")] = Path("out"),
     as_json: Json = False,
 ) -> None:
@@ -96,7 +101,9 @@ def compare(
             raise ValueError(f"--family: no method of {family!r} here; allowed: {', '.join(families)}")
     if bool(model) != bool(data):
         raise ValueError("--model and --data go together: give both, or neither")
-    subject = job.own_task(model, data) if model else tasks.load(task)
+    if not model and (criterion or metric or lower_is_better is not None):
+        raise ValueError("--criterion, --metric and their direction are for your own data: give --model and --data")
+    subject = job.own_task(model, data, criterion, metric, lower_is_better) if model else tasks.load(task)
     with log_console.status("") as status:
 
         def progress(line: str) -> None:
@@ -121,7 +128,7 @@ def compare(
             shown = ", ".join(f"{k} <= {v:g}" for k, v in limits.items())
             typer.echo(
                 f"best within {shown}: {winner.result.name} at {job.short_point(winner.row.point)}, "
-                f"{100 * winner.row.quality:.1f} % on test (chosen on validation)"
+                f"{job.shown_quality(winner.row.quality, winner.result.metric)} on test (chosen on validation)"
             )
             typer.echo(
                 f"plain network: {path}" if path else "its computation depends on the input, so it has no plain form; "

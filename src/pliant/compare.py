@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from pliant import catalog, report
 from pliant._version import __version__
 from pliant.core.dynamic import Dynamic, NotStaticError, Point
-from pliant.core.frontier import COSTS, Frontier, Row, measure
-from pliant.core.inputs import Input, split_batch, take
+from pliant.core.frontier import COSTS, Frontier, Row, evaluate, measure
+from pliant.core.inputs import Input, evaluating, split_batch, take
+from pliant.core.objective import Criterion, Metric
 from pliant.core.persistence import save
 from pliant.core.training import fit
 from pliant.recipes import DEFAULT, METHODS, RECIPES, UNSTRUCTURED, Joined, Only, Plain, Setting
@@ -49,6 +50,11 @@ class Result:
         """The cost that its place in the left panel means."""
         return "nonzero_flops" if self.method in UNSTRUCTURED else "flops"
 
+    @property
+    def metric(self) -> str:
+        """The name of what quality is."""
+        return self.test[0].metric if self.test else "accuracy"
+
     def mean(self) -> list[tuple[Point, dict[str, float], float]]:
         """Point by point: the mean of every figure on test over the seeds, and the spread of quality (std)."""
         out = []
@@ -63,12 +69,12 @@ class Result:
         """The line in the panel of ``cost``."""
         suffix = " †" if cost == "flops" and self.cost != "flops" else ""
         x = self.cost if cost == "flops" else cost
-        rows = sorted(self.mean(), key=lambda r: (r[1][x], r[1]["quality"]))
+        rows, scale = sorted(self.mean(), key=lambda r: (r[1][x], r[1]["quality"])), report.quality_scale(self.metric)
         return report.Curve(
             self.name + suffix,
             tuple(m[x] for _, m, _ in rows),
-            tuple(100 * m["quality"] for _, m, _ in rows),
-            tuple(100 * s for _, _, s in rows),
+            tuple(scale * m["quality"] for _, m, _ in rows),
+            tuple(scale * s for _, _, s in rows),
             colour,
             self.kind,
         )
@@ -96,7 +102,7 @@ class Comparison:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def best(self, **budget: float) -> Winner:
-        """Among all results: the highest validation quality within ``budget``.
+        """Among all results: the best validation quality within ``budget``.
 
         Raises:
             ValueError: nothing fits, or a cost is unknown.
@@ -109,7 +115,7 @@ class Comparison:
             except ValueError as error:
                 errors.append(error)
                 continue
-            fits.append((row.quality, result, row.point))
+            fits.append((result.validation[-1].gain(row.quality), result, row.point))
         if not fits:
             raise errors[0] if errors else ValueError("budget: nothing was measured yet")
         _, result, point = max(fits, key=lambda f: f[0])
@@ -188,19 +194,22 @@ def compare(
         result = by_name.setdefault(name, Result(name, kind, method))
         if result not in done.results:
             done.results.append(result)
-        validation = measure(net, task.validation, repeats=0, name=name)
-        test = measure(net, task.test, reference=full, name=name)
+        how: dict[str, Any] = {"metric": task.metric, "lower_is_better": task.lower_is_better, "name": name}
+        validation = measure(net, task.validation, repeats=0, **how)
+        test = measure(net, task.test, reference=full, **how)
         result.validation.append(validation)
         result.test.append(test)
         result.seconds.append(seconds)
         done.networks[name] = net
-        best = max(test.rows, key=lambda r: r.quality)
-        progress(f"  {name}: trained in {seconds:.0f} s, {len(test)} points, up to {100 * best.quality:.1f} %")
+        best = shown_quality(test.best_row().quality, test.metric)
+        progress(f"  {name}: trained in {seconds:.0f} s, {len(test)} points, at best {best}")
 
     for seed in range(seeds):
         progress(f"seed {seed}: training the baseline on {task.title}")
         start = time.perf_counter()
-        base = Plain(task.model(seed), task.example)
+        base = Plain(task.model(seed), task.example, task.criterion)
+        if not seed:
+            _check_task(task, base)
         fit(base, task.train, epochs=epochs, lr=lr, seed=seed, progress=False)
         full = base.extract(base.point)
         note("baseline", "baseline", "baseline", base, start, full)
@@ -231,12 +240,13 @@ def write(done: Comparison, folder: Path) -> None:
         "flops": [r.curve("flops", colours[r.method]) for r in done.results],
         "latency": [r.curve("latency", colours[r.method]) for r in done.results],
     }
-    seeds = max(len(r.test) for r in done.results)
+    seeds, front = max(len(r.test) for r in done.results), done.results[0].test[0]
     pruned = any(r.cost != "flops" for r in done.results)
     report.comparison(
         panels,
         [folder / "frontier.png", folder / "frontier.svg"],
-        title=f"Accuracy against compute: {done.task.title}",
+        title=f"{'Accuracy' if front.metric == 'accuracy' else front.metric} against compute: {done.task.title}",
+        quality=report.quality_label(front.metric, front.lower_is_better),
         subtitle=" · ".join(
             [
                 "solid: dynamic network",
@@ -289,6 +299,20 @@ def write_winner(winner: Winner, folder: Path, example: Input) -> Path | None:
     return folder / "best.pt2"
 
 
+def _check_task(task: Task, base: Plain) -> None:
+    """Ask for what the data leave open before minutes of training, not after.
+
+    Raises:
+        ValueError: no criterion or no metric was given, and what the targets mean is not certain.
+    """
+    batch = next(iter(task.train), None)
+    if batch is None:
+        raise ValueError("train: it has no batches; with drop_last=True the batch may exceed the data")
+    with evaluating(base), torch.no_grad():
+        base.loss(batch)
+    evaluate(base, [batch], task.metric)
+
+
 def _check_writable(folder: Path) -> None:
     """Fail before minutes of training, not after."""
     try:
@@ -303,7 +327,8 @@ def _check_writable(folder: Path) -> None:
 def table(done: Comparison) -> list[dict[str, str]]:
     """The printed table: one row for each point, as strings; training time as a ratio to the baseline's."""
     rows = []
-    unit = statistics.fmean(done.results[0].seconds)
+    unit, metric = statistics.fmean(done.results[0].seconds), done.results[0].metric
+    title = "accuracy %" if metric == "accuracy" else metric
     for result in done.results:
         training = f"{statistics.fmean(result.seconds) / unit:.1f}x"
         for point, m, spread in result.mean():
@@ -312,7 +337,8 @@ def table(done: Comparison) -> list[dict[str, str]]:
                     "network": result.name,
                     "trained in": training,
                     "point": short_point(point),
-                    "accuracy %": f"{100 * m['quality']:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""),
+                    title: shown_quality(m["quality"], metric, sign="")
+                    + (f" ± {shown_quality(spread, metric, sign='')}" if spread else ""),
                     "FLOPs": report.short(m["flops"]),
                     "non-zero": report.short(m["nonzero_flops"]),
                     "parameters": report.short(m["parameters"]),
@@ -321,6 +347,15 @@ def table(done: Comparison) -> list[dict[str, str]]:
             )
             training = ""
     return rows
+
+
+def shown_quality(value: float, metric: str, sign: str = " %") -> str:
+    """A quality as text: accuracy in percent, anything else as it is.
+
+    >>> shown_quality(0.912, "accuracy"), shown_quality(0.0123456, "mean_squared_error")
+    ('91.2 %', '0.01235')
+    """
+    return f"{100 * value:.1f}{sign}" if metric == "accuracy" else f"{value:.4g}"
 
 
 def short_point(point: Point) -> str:
@@ -337,8 +372,11 @@ def short_point(point: Point) -> str:
     return " ".join(f"{axis}={'/'.join(values)}" for axis, values in axes.items())
 
 
-def own_task(model: str, data: str) -> Task:
+def own_task(model: str, data: str, criterion: str = "", metric: str = "", lower_is_better: bool | None = None) -> Task:
     """The user's own: ``module:function`` for a model (no arguments) and for its data (train, validation, test).
+
+    ``criterion`` and ``metric``, where they are given, are ``module:name`` of functions of (output, target), or of
+    what such a thing is made by without arguments, such as ``torch.nn:MSELoss``.
 
     Raises:
         ValueError: a name cannot be found, or does not return what is needed.
@@ -350,7 +388,7 @@ def own_task(model: str, data: str) -> Task:
     from torch.utils.data import DataLoader, Dataset
 
     loaders = [
-        DataLoader(p, 64, shuffle=i == 0, drop_last=i == 0) if isinstance(p, Dataset) else p
+        DataLoader(p, 64, shuffle=i == 0, drop_last=i == 0 and _has(p, 64)) if isinstance(p, Dataset) else p
         for i, p in enumerate(parts)
     ]
     if any(next(iter(loader), None) is None for loader in loaders):
@@ -366,7 +404,22 @@ def own_task(model: str, data: str) -> Task:
 
     example = take(split_batch(next(iter(loaders[0])))[0], slice(0, 2))
     train, validation, test = loaders
-    return Task("own", f"{model} on {data}", train, validation, test, example, fresh)
+    loss: Criterion | None = _made("--criterion", criterion)
+    judge: Metric | None = _made("--metric", metric)
+    return Task("own", f"{model} on {data}", train, validation, test, example, fresh, loss, judge, lower_is_better)
+
+
+def _has(data: Any, rows: int) -> bool:
+    """Whether a data set has as many samples; True where it does not tell."""
+    return not isinstance(data, Sized) or len(data) >= rows
+
+
+def _made(option: str, path: str) -> Any:
+    """What ``module:name`` names, made first where it is a class; None for an empty path."""
+    if not path:
+        return None
+    found = _resolve(option, path)
+    return found() if isinstance(found, type) else found
 
 
 def _resolve(option: str, path: str) -> Callable[[], Any]:

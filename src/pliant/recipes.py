@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from pliant import report
 from pliant.core.cost import count_parameters
 from pliant.core.dynamic import Dynamic, Point, Value
-from pliant.core.inputs import Batch, Input, call, check_example, cross_entropy, logits, split_batch, take
+from pliant.core.inputs import Batch, Input, call, check_example, split_batch, take
+from pliant.core.objective import Criterion, loss
 from pliant.core.slicing import Slicing
 from pliant.core.stacks import find_stacks
 from pliant.core.training import fit
@@ -78,7 +79,7 @@ class Setting:
             for width in WIDTHS[:-1]:
                 began = time.perf_counter()
                 model = fresh(slicing.subnetwork(width).extract(slicing.model), self.seed)
-                self._separate[width] = Plain(model, self.task.example)
+                self._separate[width] = Plain(model, self.task.example, self.task.criterion)
                 self.fit(self._separate[width])
                 self._seconds[width] = time.perf_counter() - began
             self.done("trained separately", "opponent", slug, Several(self._separate), start)
@@ -90,7 +91,9 @@ def _sortednet(s: Setting) -> None:
 
     start = time.perf_counter()
     depth = (0.5, 1.0) if find_stacks(s.base, s.task.example) else (1.0,)
-    net = SortedNet(s.task.model(s.seed), s.task.example, width=WIDTHS, depth=depth, seed=s.seed)
+    net = SortedNet(
+        s.task.model(s.seed), s.task.example, width=WIDTHS, depth=depth, seed=s.seed, criterion=s.task.criterion
+    )
     s.fit(net)
     s.done("SortedNet (one training)", "method", "sortednet", net, start)
     s.separate("sortednet")
@@ -102,9 +105,9 @@ def _bignas(s: Setting) -> None:
     start = time.perf_counter()
     model, example = s.task.model(s.seed), s.task.example
     try:
-        net = BigNAS(model, example, width=WIDTHS, zero_gamma=True, seed=s.seed)
+        net = BigNAS(model, example, width=WIDTHS, zero_gamma=True, seed=s.seed, criterion=s.task.criterion)
     except ValueError:  # its blocks do not end in a normalisation
-        net = BigNAS(model, example, width=WIDTHS, seed=s.seed)
+        net = BigNAS(model, example, width=WIDTHS, seed=s.seed, criterion=s.task.criterion)
     s.fit(net)
     s.done("BigNAS (one training)", "method", "bignas", net, start)
     s.separate("bignas")
@@ -117,7 +120,7 @@ def _sn_net(s: Setting) -> None:
     separate, small = s.separate("sn-net"), (0.25, 0.5)
     start = time.perf_counter() - s.base_seconds - sum(s._seconds[width] for width in small)
     anchors = [copy.deepcopy(separate[width].model) for width in small] + [copy.deepcopy(s.base)]
-    net = StitchNet(anchors, s.task.example, seed=s.seed)
+    net = StitchNet(anchors, s.task.example, seed=s.seed, criterion=s.task.criterion)
     net.initialize(s.task.train)
     s.fit(net, epochs=s.finetune * len(SPARSITY), lr=0.1 * s.lr)
     s.done("SN-Net (stitched)", "method", "sn-net", net, start)
@@ -132,7 +135,7 @@ def _self_expanding(s: Setting) -> None:
     start = time.perf_counter()
     net = SelfExpanding(
         small, s.task.example, capacity={"parameters": limit}, units=4, per_check=5, proposals=8, proposal_steps=10,
-        score_samples=128, seed=s.seed,
+        score_samples=128, seed=s.seed, criterion=s.task.criterion,
     )  # fmt: skip
     s.fit(net)
     s.done("self-expanding (its growth)", "method", "self-expanding", net, start)
@@ -165,7 +168,14 @@ def _rd_pruning(s: Setting) -> None:
     )
     for name, kind, allocation in arms:
         start = time.perf_counter()
-        net = RDPruning(copy.deepcopy(s.base), x, sparsity=SPARSITY, points="geometric", allocation=allocation)
+        net = RDPruning(
+            copy.deepcopy(s.base),
+            x,
+            sparsity=SPARSITY,
+            points="geometric",
+            allocation=allocation,
+            criterion=s.task.criterion,
+        )
         s.fit(
             net,
             epochs=s.finetune * len(SPARSITY),
@@ -183,9 +193,16 @@ def _consensus(s: Setting) -> None:
     nets = []
     for keep in KEEP:
         try:
-            net = Consensus(s.task.model(s.seed), s.task.example, keep=keep, seed=s.seed)
+            net = Consensus(s.task.model(s.seed), s.task.example, keep=keep, seed=s.seed, criterion=s.task.criterion)
         except ValueError:  # no residual branch in it
-            net = Consensus(s.task.model(s.seed), s.task.example, granularity="channel", keep=keep, seed=s.seed)
+            net = Consensus(
+                s.task.model(s.seed),
+                s.task.example,
+                granularity="channel",
+                keep=keep,
+                seed=s.seed,
+                criterion=s.task.criterion,
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that gates disagree: what is measured is what is cut out
             s.fit(net)
@@ -201,7 +218,14 @@ def _dsnot(s: Setting) -> None:
     arms: tuple[tuple[str, report.Kind, int], ...] = (("DSnoT (no training)", "method", 50), ("Wanda", "opponent", 0))
     for name, kind, cycles in arms:
         start = time.perf_counter()
-        net = DSnoT(copy.deepcopy(s.base), s.task.example, calibration=x, sparsity=(0.3, 0.5, 0.7), cycles=cycles)
+        net = DSnoT(
+            copy.deepcopy(s.base),
+            s.task.example,
+            calibration=x,
+            sparsity=(0.3, 0.5, 0.7),
+            cycles=cycles,
+            criterion=s.task.criterion,
+        )
         s.done(name, kind, "dsnot", Only(net.prune(), "sparsity"), start)
 
 
@@ -219,6 +243,7 @@ def _dsl(s: Setting) -> None:
                 density=1 - sparsity,
                 update_every=50,
                 explore=explore,
+                criterion=s.task.criterion,
                 seed=s.seed,
             )
             s.fit(net)
@@ -233,7 +258,7 @@ def _ftwt(s: Setting) -> None:
     start = time.perf_counter()
     nets = []
     for mass in (0.95, 0.9, 0.8):
-        net = FTWT(copy.deepcopy(s.base), s.task.example, mass=mass, seed=s.seed)
+        net = FTWT(copy.deepcopy(s.base), s.task.example, mass=mass, seed=s.seed, criterion=s.task.criterion)
         s.fit(net, epochs=max(2, s.finetune * len(SPARSITY) // 2), lr=0.02, lr_schedule="cosine")
         net.tune(take(split_batch(next(iter(s.task.train)))[0], slice(0, 64)))  # layer by layer what is fastest here
         nets.append(Only(net, "mass"))
@@ -248,7 +273,15 @@ def _adapters(s: Setting) -> None:
     epochs, tuned = s.finetune * len(SPARSITY), {"optimizer": _adamw, "lr_schedule": "constant"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a first layer of one channel can use no more than rank 1
-        net = PruningAdapters(copy.deepcopy(s.base), s.task.example, density=KEEP, step=0.05, adapt=0.0, seed=s.seed)
+        net = PruningAdapters(
+            copy.deepcopy(s.base),
+            s.task.example,
+            density=KEEP,
+            step=0.05,
+            adapt=0.0,
+            seed=s.seed,
+            criterion=s.task.criterion,
+        )
     s.fit(net, epochs=epochs, **tuned)
     s.done("SPLoRA (frozen weights)", "method", "structured-pruning-adapters", net, start)
     start = time.perf_counter()
@@ -256,7 +289,7 @@ def _adapters(s: Setting) -> None:
     model, before = copy.deepcopy(s.base), 1.0
     for keep in KEEP:
         model = _torch_pruned(model, s, keep / before)
-        before, nets[keep] = keep, Plain(model, s.task.example)
+        before, nets[keep] = keep, Plain(model, s.task.example, s.task.criterion)
         s.fit(nets[keep], epochs=max(1, epochs // len(KEEP)), **tuned)
         model = copy.deepcopy(nets[keep].model)
     s.done("torch-pruning", "opponent", "structured-pruning-adapters", Several(nets), start)
@@ -327,10 +360,10 @@ DEFAULT = ("sortednet", "rd-pruning", "jei-dnn")  # what runs in a few minutes w
 class Plain(Dynamic):
     """An ordinary network under the contract: one point. Baselines are trained and measured by the same code."""
 
-    def __init__(self, model: nn.Module, example: Input) -> None:
+    def __init__(self, model: nn.Module, example: Input, criterion: Criterion | None = None) -> None:
         super().__init__()
         check_example(model, example)
-        self.model = model
+        self.model, self.criterion = model, criterion
         self.point = Point(width=1.0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -338,9 +371,9 @@ class Plain(Dynamic):
         return self.model(*args, **kwargs)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy."""
+        """The criterion; cross entropy where it is None."""
         x, y = split_batch(batch)
-        return cross_entropy(logits(call(self.model, x)), y)
+        return loss(call(self.model, x), y, self.criterion)
 
     def points(self) -> list[Point]:
         """The only one."""

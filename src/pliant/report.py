@@ -31,9 +31,23 @@ AXES = {
 }
 
 
+def quality_scale(metric: str) -> int:
+    """What a quality is multiplied by where it is shown: accuracy is shown in percent, all else as it is."""
+    return 100 if metric == "accuracy" else 1
+
+
+def quality_label(metric: str, lower_is_better: bool = False) -> str:
+    """The name of a quality on an axis.
+
+    >>> quality_label("accuracy"), quality_label("mean_squared_error", lower_is_better=True)
+    ('test accuracy (%)', 'test mean_squared_error (lower is better)')
+    """
+    return f"test {metric}{' (%)' if metric == 'accuracy' else ''}{' (lower is better)' if lower_is_better else ''}"
+
+
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart: cost ``x``, quality ``y`` in percent, and half-widths of the error bars (0: none)."""
+    """One line of a chart: cost ``x``, quality ``y`` (accuracy in percent) and half-widths of error bars (0: none)."""
 
     label: str
     x: tuple[float, ...]
@@ -47,7 +61,7 @@ class Curve:
         """The points of a measured frontier, in the order of their cost."""
         rows = sorted(frontier.rows, key=lambda r: (getattr(r, cost), r.quality))
         x = tuple(float(getattr(r, cost)) for r in rows)
-        y = tuple(100 * r.quality for r in rows)
+        y = tuple(quality_scale(frontier.metric) * r.quality for r in rows)
         return cls(frontier.name, x, y, (0.0,) * len(y), **style)
 
 
@@ -62,7 +76,7 @@ def chart(
 ) -> Any:
     """One panel of quality against one cost; returns the matplotlib figure."""
     figure = _figure(1)
-    _panel(figure.axes[0], curves, AXES[cost], quality, log=cost != "latency")
+    _panel(figure.axes[0], curves, AXES[cost], quality, log=cost != "latency", percent="%" in quality)
     return _finish(figure, [curves], [path] if path else [], title, subtitle)
 
 
@@ -77,7 +91,8 @@ def comparison(
     """Panels side by side on one quality axis, keyed by their cost; written to every one of ``paths``."""
     figure = _figure(len(panels))
     for i, (axes, (cost, curves)) in enumerate(zip(figure.axes, panels.items(), strict=True)):
-        _panel(axes, curves, AXES[cost], quality if i == 0 else "", log=cost != "latency")
+        label = quality if i == 0 else ""
+        _panel(axes, curves, AXES[cost], label, log=cost != "latency", percent="%" in quality)
     return _finish(figure, list(panels.values()), paths, title, subtitle)
 
 
@@ -91,7 +106,7 @@ def _figure(panels: int) -> Any:
     return figure
 
 
-def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log: bool) -> None:
+def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log: bool, percent: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     for curve in curves:
@@ -118,7 +133,7 @@ def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log:
     values = sorted(y for c in curves for y in c.y)
     axes.margins(x=0.12, y=0.1)
     floor = values[len(values) // 4] - 5
-    if len(values) > 4 and values[0] < floor - 2:
+    if percent and len(values) > 4 and values[0] < floor - 2:
         # A few collapsed points must not flatten all others: they are cut off, and that is said.
         axes.set_ylim(floor, values[-1] + 0.12 * (values[-1] - floor))
         below = sum(v < floor for v in values)

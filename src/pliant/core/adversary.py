@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pliant.core.inputs import Batch, call, device_of, evaluating, logits, split_batch, to_device
+from pliant.core.inputs import Batch, call, device_of, evaluating, logits, rows_of, split_batch, to_device
+from pliant.core.objective import row_classes
 
 Objective = Callable[[Tensor], Tensor]
 Reduction = Literal["batchmean", "elementwise", "sum"]
@@ -242,6 +243,7 @@ def robust_accuracy(
     with undisturbed(model), evaluating(model):
         for batch in data:
             x, y = to_device(split_batch(batch), device)
+            y = row_classes(y, rows_of(x), "robust_accuracy")
             moved = attack.attack(cross_entropy_objective(lambda v: call(model, v), y), x, generator=generator)
             with torch.no_grad():
                 right += (logits(call(model, moved)).argmax(1) == y).sum()

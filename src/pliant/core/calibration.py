@@ -156,8 +156,11 @@ class NormTable(nn.Module):
             point: a point; a row is added where it has none.
             skeleton: the modules that run at ``point``, named as in the full network.
             run: ``run(x, tensors)`` runs them once with the buffers of ``tensors`` in place of their own.
-            batches: inputs, see ``batches_of``.
+            batches: inputs, see ``batches_of``; one that has a single value per channel at some layer is passed over.
             estimator: "cumulative", "ofa" or "pooled".
+
+        Raises:
+            ValueError: no batch has more than one value per channel.
         """
         check_estimator(estimator)
         if not self.columns:
@@ -171,15 +174,26 @@ class NormTable(nn.Module):
         scratch = {name: t.clone() for name, t in self.tensors(point, layers).items()}
         scratch |= {f"{n}.num_batches_tracked": torch.zeros((), dtype=torch.int64, device=self.mean.device)
                     for n, m in layers.items() if getattr(m, "num_batches_tracked", None) is not None}  # fmt: skip
+        refused: ValueError | None = None
         handles = [m.register_forward_pre_hook(_noting(seen[name])) for name, m in layers.items()]
         with removing(handles):
             try:
                 for layer in layers.values():
                     layer.train()
                 for x in batches:
-                    run(x, scratch)
+                    before = {name: len(noted) for name, noted in seen.items()}
+                    try:
+                        run(x, scratch)
+                    except ValueError as error:
+                        if not is_too_small(error):
+                            raise
+                        for name, noted in seen.items():
+                            del noted[before[name] :]
+                        refused = error
             finally:
                 skeleton.eval()
+        if refused is not None and not any(seen.values()):
+            raise ValueError("data: none of its batches has more than one value per channel") from refused
         for name, noted in seen.items():
             if not noted:
                 continue  # a layer that does not run at this point
@@ -189,6 +203,11 @@ class NormTable(nn.Module):
             self.mean[row, start : start + len(mean)] = mean
             self.var[row, start : start + len(var)] = var
         self.trust(point)
+
+
+def is_too_small(error: Exception) -> bool:
+    """Whether an error says that BatchNorm was given one value per channel, which has no variance."""
+    return str(error).startswith("Expected more than 1 value per channel")
 
 
 def _noting(noted: list[tuple[int, Tensor, Tensor]]) -> Callable[[nn.Module, Any], None]:

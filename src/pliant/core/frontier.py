@@ -4,44 +4,28 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pliant.core.cost import count_bytes, count_flops, count_parameters, latency_ratio
+from pliant.core.cost import Flops, count_bytes, count_flops, count_parameters, latency_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point
-from pliant.core.inputs import (
-    IGNORED,
-    Batch,
-    call,
-    device_of,
-    evaluating,
-    logits,
-    split_batch,
-    take,
-    to_device,
-)
+from pliant.core.inputs import Batch, call, device_of, evaluating, split_batch, take, to_device
+from pliant.core.objective import Metric, Quality, accuracy, count_rows, next_token_accuracy
 
-Metric = Callable[[Tensor, Any], float]
+__all__ = ["COSTS", "Frontier", "Metric", "Row", "accuracy", "evaluate", "measure", "next_token_accuracy"]
+
 COSTS = ("flops", "nonzero_flops", "parameters", "bytes", "latency")
-
-
-def accuracy(output: Tensor, target: Tensor) -> float:
-    """Share of rows whose largest logit (B, C, ...) stands at the target class (B, ...)."""
-    return (output.argmax(1) == target).float().mean().item()
-
-
-def next_token_accuracy(output: Tensor, target: Tensor) -> float:
-    """Share of tokens (B, T) whose logits (B, T, V) are largest at them; -100 does not count."""
-    counted = target != IGNORED
-    return (output.argmax(-1) == target)[counted].float().mean().item()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting, measured. FLOPs per sample (2 per multiply-add); latency as a ratio to the reference network."""
+    """One setting, measured. FLOPs per sample (2 per multiply-add); latency as a ratio to the reference network.
+
+    ``unknown`` names operators that ran and that no formula counts, see ``pliant.core.cost.Flops``.
+    """
 
     point: Point
     quality: float
@@ -53,14 +37,24 @@ class Row:
     latency_low: float
     latency_high: float
     static: bool
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """The measured settings of one network, from the cheapest to the dearest in FLOPs."""
+    """The measured settings of one network, from the cheapest to the dearest in FLOPs.
+
+    Attributes:
+        rows: one for each setting; qualities in the metric's own sign.
+        name: of the network.
+        lower_is_better: whether a low quality is a good one, as of an error.
+        metric: the name of what quality is.
+    """
 
     rows: tuple[Row, ...]
     name: str = ""
+    lower_is_better: bool = False
+    metric: str = "accuracy"
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -69,7 +63,7 @@ class Frontier:
         return len(self.rows)
 
     def best(self, **budget: float) -> Point:
-        """The point of the highest quality whose costs stay within ``budget``, the cheaper one among equals.
+        """The point of the best quality whose costs stay within ``budget``, the cheaper one among equals.
 
         Args:
             budget: upper limits by name, any of ``flops``, ``nonzero_flops``, ``parameters``, ``bytes``, ``latency``.
@@ -88,33 +82,54 @@ class Frontier:
             least = ", ".join(f"{k} {min(getattr(r, k) for r in self.rows):g}" for k in budget)
             asked = ", ".join(f"{k}={v:g}" for k, v in budget.items())
             raise ValueError(f"budget: no point fits {asked}; the smallest measured here: {least}")
-        return max(fit, key=lambda r: (r.quality, -r.flops, -r.nonzero_flops, -r.parameters))
+        return max(fit, key=lambda r: (self.gain(r.quality), -r.flops, -r.nonzero_flops, -r.parameters))
+
+    def gain(self, quality: float) -> float:
+        """``quality`` as a number of which more is better: its negative where ``lower_is_better``."""
+        return -quality if self.lower_is_better else quality
 
     def pareto(self, cost: str = "flops") -> Frontier:
         """The rows that no other row beats in quality at the same or a lower ``cost``."""
         kept: list[Row] = []
-        for row in sorted(self.rows, key=lambda r: (getattr(r, cost), -r.quality)):
-            if not kept or row.quality > kept[-1].quality:
+        for row in sorted(self.rows, key=lambda r: (getattr(r, cost), -self.gain(r.quality))):
+            if not kept or self.gain(row.quality) > self.gain(kept[-1].quality):
                 kept.append(row)
-        return Frontier(tuple(kept), self.name)
+        return replace(self, rows=tuple(kept))
 
     def quality_at(self, budget: float, cost: str = "flops") -> float:
-        """The highest quality at ``cost`` <= ``budget``; minus infinity where nothing fits."""
-        return max((r.quality for r in self.rows if getattr(r, cost) <= budget), default=float("-inf"))
+        """The best quality at ``cost`` <= ``budget``; where nothing fits, the infinity that is worst."""
+        found = [self.gain(r.quality) for r in self.rows if getattr(r, cost) <= budget]
+        return self.gain(max(found, default=float("-inf")))
 
     def dominates(self, other: Frontier, cost: str = "flops") -> bool:
-        """Whether at every budget that ``other`` can meet this frontier is as good, and better at one at least."""
-        pairs = [(self.quality_at(getattr(r, cost), cost), r.quality) for r in other.pareto(cost)]
+        """Whether at every budget that ``other`` can meet this frontier is as good, and better at one at least.
+
+        Raises:
+            ValueError: low is good in one of the two and bad in the other.
+        """
+        if self.lower_is_better != other.lower_is_better:
+            raise ValueError(f"other: of {self.metric} and {other.metric} one is better when low, the other when high")
+        budgets = [(getattr(r, cost), self.gain(r.quality)) for r in other.pareto(cost)]
+        pairs = [(self.gain(self.quality_at(budget, cost)), gain) for budget, gain in budgets]
         return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as JSON values."""
-        return [asdict(r) | {"point": dict(r.point)} for r in self.rows]
+        """The rows as JSON values; each tells metric and direction where they are not the default."""
+        told: dict[str, Any] = {} if self.metric == "accuracy" else {"metric": self.metric}
+        told |= {"lower_is_better": True} if self.lower_is_better else {}
+        return [asdict(r) | {"point": dict(r.point), "unknown": list(r.unknown)} | told for r in self.rows]
 
     @classmethod
     def from_dicts(cls, rows: Sequence[Mapping[str, Any]], name: str = "") -> Frontier:
         """The frontier that ``to_dicts`` wrote."""
-        return cls(tuple(Row(**{**r, "point": Point(**r["point"])}) for r in rows), name)
+        lower, metric = False, "accuracy"
+        found = []
+        for row in rows:
+            values = dict(row)
+            lower, metric = values.pop("lower_is_better", False), values.pop("metric", "accuracy")
+            point, unknown = Point(**values.pop("point")), tuple(values.pop("unknown", ()))
+            found.append(Row(point=point, unknown=unknown, **values))
+        return cls(tuple(found), name, lower, metric)
 
     def to_pandas(self) -> Any:
         """The rows as a ``pandas.DataFrame``, one column for each name of the dial."""
@@ -128,9 +143,10 @@ class Frontier:
 
     def plot(self, path: str | None = None, cost: str = "flops") -> Any:
         """A chart of quality against ``cost``; returns the matplotlib figure, and writes it where ``path`` is given."""
-        from pliant.report import Curve, chart
+        from pliant.report import Curve, chart, quality_label
 
-        return chart([Curve.of(self, cost)], path, cost=cost)
+        label = quality_label(self.metric, self.lower_is_better)
+        return chart([Curve.of(self, cost)], path, cost=cost, quality=label)
 
 
 def measure(
@@ -138,7 +154,8 @@ def measure(
     data: Iterable[Batch],
     *,
     points: Sequence[Mapping[str, Any]] | None = None,
-    metric: Metric = accuracy,
+    metric: Metric | None = None,
+    lower_is_better: bool | None = None,
     reference: nn.Module | None = None,
     repeats: int = 15,
     name: str = "",
@@ -149,13 +166,18 @@ def measure(
         net: the network; the setting it stands at and its training flags are restored afterwards.
         data: batches of (input, target); it is read once for each point.
         points: some of ``net.points()``; all of them by default.
-        metric: ``metric(logits, targets)`` over the whole data; the share of correct classes by default.
+        metric: ``metric(output, targets)``, averaged over batches by their rows, or one that accumulates (``update``,
+            ``compute``, ``reset``, as those of torchmetrics); the share of correct classes by default, where the
+            targets certainly are classes. It is given the prediction, or the whole output where there are several.
+        lower_is_better: whether the metric is an error; by default what its ``higher_is_better`` says, else False.
         reference: what latency is a ratio to; the network at its last (largest) point by default.
         repeats: timed runs for each latency; 0 leaves latency out (NaN).
 
     Raises:
-        ValueError: ``data`` is empty.
+        ValueError: ``data`` is empty, or no metric was given and what the targets mean is not certain.
     """
+    kind = Quality(metric)
+    lower = lower_is_better if lower_is_better is not None else bool(kind.lower_is_better)
     chosen = [net._known(p) for p in points] if points is not None else net.points()
     before = net.point
     device = device_of(net)
@@ -164,7 +186,7 @@ def measure(
         full = reference if reference is not None else _deployed(net, net.points()[-1])[0]
         for point in chosen:
             net.use(point)
-            quality, flops, nonzero = _run(net, data, metric, device)
+            quality, flops, nonzero, unknown = _run(net, data, metric, device)
             deployed, static = _deployed(net, point)
             low = median = high = float("nan")
             if repeats:
@@ -183,11 +205,13 @@ def measure(
                     latency_low=low,
                     latency_high=high,
                     static=static,
+                    unknown=unknown,
                 )
             )
     finally:
         net.use(before)
-    return Frontier(tuple(sorted(rows, key=lambda r: (r.flops, r.nonzero_flops))), name or type(net).__name__)
+    ordered = tuple(sorted(rows, key=lambda r: (r.flops, r.nonzero_flops)))
+    return Frontier(ordered, name or type(net).__name__, lower, kind.name)
 
 
 def _deployed(net: Dynamic, point: Point) -> tuple[nn.Module, bool]:
@@ -198,39 +222,51 @@ def _deployed(net: Dynamic, point: Point) -> tuple[nn.Module, bool]:
         return net.use(point), False
 
 
-def evaluate(net: nn.Module, data: Iterable[Batch], metric: Metric = accuracy) -> float:
-    """``metric`` of a network in evaluation mode over all of ``data``.
+def evaluate(net: nn.Module, data: Iterable[Batch], metric: Metric | None = None) -> float:
+    """``metric`` of a network in evaluation mode over all of ``data``; see ``measure``.
 
     Raises:
-        ValueError: ``data`` is empty.
+        ValueError: ``data`` is empty, or no metric was given and what the targets mean is not certain.
     """
-    with evaluating(net), torch.no_grad():
-        return _predict(net, data, metric, device_of(net))[0]
-
-
-def _run(net: nn.Module, data: Iterable[Batch], metric: Metric, device: torch.device) -> tuple[float, int, int]:
-    """Quality and mean FLOPs per sample over ``data``, in one pass: what is counted is what answered."""
-    found = (0.0, 0)
-
-    def predict() -> None:
-        nonlocal found
-        found = _predict(net, data, metric, device)
-
     with evaluating(net):
-        counted = count_flops(predict)
-    quality, samples = found
-    return quality, round(counted.total / samples), round(counted.nonzero / samples)
+        return _predict(net, data, metric, device_of(net), lambda run: run())[0]
 
 
-def _predict(net: nn.Module, data: Iterable[Batch], metric: Metric, device: torch.device) -> tuple[float, int]:
-    """The metric over all of ``data``, and its number of samples."""
-    outputs: list[Tensor] = []
-    targets: list[Any] = []
-    for batch in data:
-        x, y = split_batch(batch)
-        outputs.append(logits(call(net, to_device(x, device))).float().cpu())
-        targets.append(y)
-    if not outputs:
+def _run(
+    net: nn.Module, data: Iterable[Batch], metric: Metric | None, device: torch.device
+) -> tuple[float, int, int, tuple[str, ...]]:
+    """Quality, mean FLOPs per sample over ``data``, and operators not counted, in one pass: what counts answered."""
+    counted: list[Flops] = []
+    with evaluating(net):
+        quality, samples = _predict(net, data, metric, device, lambda run: counted.append(count_flops(run)))
+    total, nonzero = (sum(getattr(c, name) for c in counted) for name in ("total", "nonzero"))
+    unknown = tuple(dict.fromkeys(name for c in counted for name in c.unknown))
+    return quality, round(total / samples), round(nonzero / samples), unknown
+
+
+def _predict(
+    net: nn.Module,
+    data: Iterable[Batch],
+    metric: Metric | None,
+    device: torch.device,
+    around: Callable[[Callable[[], None]], None],
+) -> tuple[float, int]:
+    """The metric over all of ``data``, and its number of samples; ``around`` runs the network, no output is kept."""
+    quality, samples = Quality(metric), 0
+    output: Any = None
+
+    def run() -> None:
+        nonlocal output
+        output = call(net, x)
+
+    with torch.no_grad():
+        for batch in data:
+            x, y = to_device(split_batch(batch), device)
+            rows = count_rows(x, y)
+            around(run)
+            quality.update(output, y, rows)
+            output = None
+            samples += rows
+    if not samples:
         raise ValueError("data: it has no batches, so there is nothing to measure")
-    quality = metric(torch.cat(outputs), torch.cat([t.cpu() for t in targets]))
-    return quality, sum(len(o) for o in outputs)
+    return quality.compute(), samples

@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 
 Input = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 Batch = tuple[Any, Any] | Sequence[Any] | Mapping[str, Any]
-Criterion = Callable[[Tensor, Any], Tensor]
 IGNORED = -100  # a target that does not count, as in transformers
 
 
@@ -181,23 +180,6 @@ def inputs_of(data: Iterable[Any] | Input) -> Iterator[Input]:
         return
     for batch in data:
         yield batch if isinstance(batch, Tensor) else split_batch(batch)[0]
-
-
-def cross_entropy(output: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of ``output`` (B, C, ...) against class indices ``target`` (B, ...), or class probabilities.
-
-    Raises:
-        ValueError: a label is outside ``0..C-1`` (checked where the check costs no synchronisation, on CPU).
-    """
-    try:
-        return F.cross_entropy(output, target, label_smoothing=label_smoothing)
-    except IndexError:
-        low, high = int(target.min()), int(target.max())
-        classes = output.shape[1] if output.ndim > 1 else output.shape[0]
-        raise ValueError(
-            f"target: labels run from {low} to {high}, but the model has {classes} outputs; "
-            f"labels must be in 0..{classes - 1}"
-        ) from None
 
 
 def next_token_loss(output: Tensor, target: Tensor) -> Tensor:

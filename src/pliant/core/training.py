@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
+from pliant.core.calibration import is_too_small
 from pliant.core.dynamic import Dynamic, Point
-from pliant.core.inputs import Batch, to_device
+from pliant.core.inputs import Batch, rows_of, split_batch, to_device
 from pliant.core.persistence import SavedFileError, load_state, pack, read_folder, state_of, unpack, write_folder
 
 Schedule = Callable[[float], float]
@@ -126,7 +127,8 @@ def fit(
     Args:
         net: the network; it is moved to the accelerator's device.
         train: batches, read anew each epoch: a ``DataLoader``, a list, anything that can be iterated several times.
-            In several processes each takes every n-th batch.
+            In several processes each takes every n-th batch. A batch of one row that BatchNorm cannot take is left
+            out, with a warning; a step of nothing else moves no weight.
         validation: handed to ``net.epoch_end``.
         epochs: passes over ``train``, which then needs a length. Give this or ``steps``.
         steps: optimiser steps.
@@ -261,6 +263,14 @@ def _loop(
             run.set_lr(factor(share))
             run.optimizer.zero_grad(set_to_none=True)
             loss = run.gradient(group)
+            if loss is None:  # the schedule goes on, no weight moves
+                history.steps += 1
+                bar.step(history.steps, math.nan)
+                if on_step is not None:
+                    on_step(history.steps, total, math.nan)
+                if every is not None and history.steps % every == 0:
+                    save()
+                continue
             if at_once:
                 value = loss.item()
                 if not math.isfinite(value):
@@ -286,6 +296,8 @@ def _loop(
                 "train: it gave no batch" + (" the second time; an iterator can be read only once" if run.epoch else "")
             )
         if run.in_epoch and (exhausted or epochs is not None or run.in_epoch == batches_per_epoch):
+            if not run.loss_count:
+                raise ValueError("train: all of its batches have one row, which BatchNorm cannot normalise")
             history.losses.append(run.loss_sum / max(run.loss_count, 1))
             run.loss_sum, run.loss_count, run.in_epoch = 0.0, 0, 0
             run.epoch += 1
@@ -364,7 +376,7 @@ class _Run:
         self.history = History()
         self.epoch = self.in_epoch = self.seen = self.skip = 0
         self.loss_sum, self.loss_count = 0.0, 0
-        self.done = False
+        self.done = self.warned = False
         # accelerate's backward and step look for packages on every call; where they add nothing, they are passed by.
         self.bare = (
             accelerator.num_processes == 1
@@ -432,14 +444,22 @@ class _Run:
         if self.accelerator.num_processes > 1:  # DDP listens to the parameters it was built with
             self.objective = self.accelerator.prepare(_Objective(self.net))
 
-    def gradient(self, group: list[Batch]) -> Tensor:
-        """Add up the mean gradient of the batches; return their mean loss."""
+    def gradient(self, group: list[Batch]) -> Tensor | None:
+        """Add up the mean gradient of the batches; return their mean loss, None where none of them can be used."""
         device = self.accelerator.device
         total: Tensor | None = None
+        left_out = 0
         for i, batch in enumerate(group):
             last = i == len(group) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss = self.objective(batch if device.type == "cpu" else to_device(batch, device))
+                try:
+                    loss = self.objective(batch if device.type == "cpu" else to_device(batch, device))
+                except ValueError as error:
+                    if not (is_too_small(error) and _is_single(batch) and self.accelerator.num_processes == 1):
+                        raise
+                    self._leave_out()
+                    left_out += 1
+                    continue
                 if not isinstance(loss, Tensor) or loss.numel() != 1:
                     got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                     raise TypeError(f"net: {type(self.net).__name__}.loss must return a scalar tensor, got {got}")
@@ -451,8 +471,24 @@ class _Run:
                     self.accelerator.backward(loss)
             part = loss.detach()
             total = part if total is None else total + part
-        assert total is not None
+        if total is None:
+            return None
+        if left_out:  # the mean of those that count
+            share = len(group) / (len(group) - left_out)
+            total = total * share
+            for p in self.objective.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(share)
         return total.reshape(())
+
+    def _leave_out(self) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                "train: a batch of one row is left out, because BatchNorm cannot normalise it; drop_last=True of a "
+                "DataLoader, or another batch size, avoids such batches",
+                stacklevel=5,
+            )
 
     def batches(self) -> Iterator[Batch]:
         """One epoch of this process's batches, random states set before each; those already seen are skipped."""
@@ -481,6 +517,13 @@ class _Run:
         """Set every global random state from (seed, epoch or batch, rank)."""
         rank = 0 if same else self.accelerator.process_index
         _seed(_mix(self.seed, what, self.epoch if isinstance(what, str) else 0, rank))
+
+
+def _is_single(batch: Batch) -> bool:
+    try:
+        return rows_of(split_batch(batch)[0]) == 1
+    except TypeError:  # a batch of the method's own form
+        return False
 
 
 def _mix(*parts: object) -> int:

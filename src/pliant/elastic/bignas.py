@@ -45,21 +45,19 @@ from torch.nn.modules.batchnorm import _NormBase
 from pliant.core.calibration import Estimator, NormTable, batches_of, check_estimator
 from pliant.core.cost import latency_ratio
 from pliant.core.dynamic import Dynamic, Point, Value
-from pliant.core.frontier import Metric, accuracy, evaluate
+from pliant.core.frontier import evaluate
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
-    cross_entropy,
     device_of,
     evaluating,
-    logits,
     packed,
     removing,
     split_batch,
     take,
 )
+from pliant.core.objective import Criterion, Distillation, Metric, Quality, distillation, loss
 from pliant.core.slicing import Slicing, SubNetwork, make_divisible
 from pliant.core.spaces import Axes, Space
 
@@ -81,7 +79,9 @@ class BigNAS(Dynamic):
         per_block: axes ("kernel", "expansion") chosen block by block instead of stage by stage.
         n_random: N, children drawn at random in a step.
         largest, smallest: whether the largest and the smallest child are part of every step.
-        distill: children other than the largest imitate it; False gives them the labels.
+        distill: children other than the largest imitate its output, by KL over classes or, of real numbers, by their
+            mean squared difference; a function of (child's output, largest's output) says how, False gives them the
+            labels.
         label_smoothing: of the default criterion, for children that see the labels.
         reduce: "sum" or "mean" over the children of a step.
         regularize: "largest": dropout and drop-connect act in the largest child alone; "all": in every one.
@@ -97,7 +97,7 @@ class BigNAS(Dynamic):
 
     ``use`` and ``extract`` take any point of ``space``, not only the offered ``points()``.
 
-    Shapes: whatever the model takes and returns; distillation needs logits (B, C, ...).
+    Shapes: whatever the model takes and returns.
 
     Raises:
         ValueError: an argument is out of range, or the model cannot be cut; the message names what is wrong.
@@ -119,7 +119,7 @@ class BigNAS(Dynamic):
         n_random: int = 2,
         largest: bool = True,
         smallest: bool = True,
-        distill: bool = True,
+        distill: bool | Distillation = True,
         label_smoothing: float = 0.1,
         reduce: Literal["sum", "mean"] = "sum",
         regularize: Literal["largest", "all"] = "largest",
@@ -202,18 +202,19 @@ class BigNAS(Dynamic):
         x, y = split_batch(batch)
         if not self.training:
             self.norms.check(self.point)
-            return self._criterion(logits(self._run(self.point, x)), y)
+            return self._criterion(self._run(self.point, x), y)
         self.norms.follow(self.model)
         self.norms.stale()
         losses: list[Tensor] = []
-        z: Tensor | None = None
+        teacher: Any = None
         if self.largest:
-            out = logits(self._run(self.space.largest, x, regularized=True))
-            losses.append(self._criterion(out, y))
-            z = out.detach().softmax(1)
+            teacher = self._run(self.space.largest, x, regularized=True)
+            losses.append(self._criterion(teacher, y))
+        how = self.distill if callable(self.distill) else None
         for a in self.draw():
-            out = logits(self._run(a, x, regularized=self.regularize == "all"))
-            losses.append(F.cross_entropy(out, z) if self.distill and z is not None else self._criterion(out, y))
+            out = self._run(a, x, regularized=self.regularize == "all")
+            imitates = distillation(out, teacher, y, how, self.criterion) if self.distill else self._criterion(out, y)
+            losses.append(imitates)
         total = torch.stack(losses).sum()
         return total / len(losses) if self.reduce == "mean" else total
 
@@ -275,10 +276,8 @@ class BigNAS(Dynamic):
             self.draws += 1
         return [*drawn, self.space.smallest] if self.smallest else drawn
 
-    def _criterion(self, output: Tensor, target: Any) -> Tensor:
-        if self.criterion is not None:
-            return self.criterion(output, target)
-        return cross_entropy(output, target, self.label_smoothing)
+    def _criterion(self, output: Any, target: Any) -> Tensor:
+        return loss(output, target, self.criterion, label_smoothing=self.label_smoothing)
 
     # -- running ----------------------------------------------------------------------------------------------------
 
@@ -340,7 +339,8 @@ class BigNAS(Dynamic):
         trials: int = 200,
         mutate: float = 0.1,
         coarse: Mapping[str, int] | None = None,
-        metric: Metric = accuracy,
+        metric: Metric | None = None,
+        lower_is_better: bool | None = None,
         batches: int | None = None,
         repeats: int = 7,
         seed: int = 0,
@@ -358,7 +358,7 @@ class BigNAS(Dynamic):
             mutate: the probability with which each coordinate moves.
             coarse: patterns per axis in the grid; the paper's 5 resolutions x 4 depths x 2 widths x 4 kernels, and 2
                 expansions, by default.
-            metric: as in ``pliant.measure``.
+            metric, lower_is_better: as in ``pliant.measure``.
             batches: for the statistics of one child; ``calibration_batches`` by default.
             repeats: timed runs for each latency.
             seed: of the mutations.
@@ -375,7 +375,8 @@ class BigNAS(Dynamic):
             raise ValueError(f"mutate: {mutate} is not in (0, 1]")
         if trials < 0:
             raise ValueError(f"trials: {trials} is below 0")
-        state = _Searching(self, validation, train, metric, batches or self.calibration_batches, repeats, budget)
+        lower = bool(Quality(metric).lower_is_better) if lower_is_better is None else lower_is_better
+        state = _Searching(self, validation, train, metric, lower, batches or self.calibration_batches, repeats, budget)
         for point in grid(self.space, {**COARSE, **(coarse or {})}):
             if state.fits(point):
                 state.judge(point, "coarse")
@@ -462,10 +463,11 @@ class _Searching:
     """The state of one search: what was evaluated, what it cost, what is best."""
 
     def __init__(
-        self, net: BigNAS, validation: Iterable[Batch], train: Iterable[Batch], metric: Metric, batches: int,
-        repeats: int, budget: Mapping[str, float],
+        self, net: BigNAS, validation: Iterable[Batch], train: Iterable[Batch], metric: Metric | None,
+        lower: bool, batches: int, repeats: int, budget: Mapping[str, float],
     ) -> None:  # fmt: skip
         self.net, self.validation, self.metric, self.repeats, self.budget = net, validation, metric, repeats, budget
+        self.sign = -1 if lower else 1
         self.batches = batches_of(train, batches, device_of(net.model))
         self.sample = take(self.batches[0], slice(0, 64))
         self.trials: list[Trial] = []
@@ -503,7 +505,7 @@ class _Searching:
             quality = evaluate(net.use(point), self.validation, self.metric)
         finally:
             net.use(before)
-        better = self.best is None or quality > self.best.quality
+        better = self.best is None or self.sign * quality > self.sign * self.best.quality
         trial = Trial(point, quality, net.axes.flops(point), stage, better)
         self.trials.append(trial)
         self.seen[point] = trial
@@ -524,8 +526,8 @@ class _Searching:
         """The evaluated children that none beats at the same or lower FLOPs, the best one, and the largest."""
         assert self.best is not None
         kept: list[Trial] = []
-        for trial in sorted(self.trials, key=lambda t: (t.flops, -t.quality)):
-            if not kept or trial.quality > kept[-1].quality:
+        for trial in sorted(self.trials, key=lambda t: (t.flops, -self.sign * t.quality)):
+            if not kept or self.sign * trial.quality > self.sign * kept[-1].quality:
                 kept.append(trial)
         points = dict.fromkeys([*(t.point for t in kept), self.best.point, self.net.space.largest])
         return sorted(points, key=self.net.axes.flops)

@@ -77,15 +77,16 @@ from pliant.core.inputs import (
     Batch,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     inputs_of,
     logits,
     packed,
+    rows_of,
     split_batch,
     to_device,
 )
+from pliant.core.objective import cross_entropy, row_classes
 from pliant.core.slicing import Group, Slicing, SubNetwork, make_divisible
 from pliant.core.spaces import Axes, Inner, Shares, Space
 from pliant.core.training import fit
@@ -693,9 +694,10 @@ class ProARD(Dynamic):
         teacher TRADES of the largest network as well. In evaluation mode nothing is counted and no buffer moves.
 
         Raises:
-            ValueError: the inputs leave ``bounds``.
+            ValueError: the inputs leave ``bounds``, or the labels are not one class for each row.
         """
         x, y = split_batch(batch)
+        y = row_classes(y, rows_of(x), "ProARD")
         self.attack.check(x)
         step, phase = int(self.steps), self.phases[self.phase]
         if self.training:
@@ -1404,6 +1406,7 @@ def measure_point(
     with torch.no_grad():
         for batch in data:
             x, y = to_device(split_batch(batch), device_of(plain))
+            y = row_classes(y, rows_of(x), "ProARD")
             right += int((logits(plain(x)).argmax(1) == y).sum())
             seen += len(y)
     if not seen:

@@ -36,11 +36,12 @@ included. ``freeze_inactive`` ties an optimiser to the active parameters strictl
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, product
+from itertools import product
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from pliant.core.calibration import Estimator, NormTable, batches_of, check_estimator
@@ -48,18 +49,15 @@ from pliant.core.cost import count_parameters, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
-    cross_entropy,
     device_of,
-    logits,
     packed,
     removing,
-    rows_of,
     split_batch,
     take,
     to_device,
 )
+from pliant.core.objective import Criterion, loss, part
 from pliant.core.slicing import Slicing, SubNetwork
 
 
@@ -72,7 +70,8 @@ class SortedNet(Dynamic):
         width: shares of the channels, each in (0, 1]; 1 must be among them.
         depth: shares of the blocks of every stack, each in (0, 1]; 1 must be among them.
         indices: the list B to train and offer, as points; the product of ``width`` and ``depth`` by default.
-        accumulate: g, micro-batches (parts of a batch) with a draw of their own in one ``loss``.
+        accumulate: g, micro-batches (parts of a batch) with a draw of their own in one ``loss``; a small batch has
+            fewer.
         mode: ``"sample"`` draws sub-networks, ``"sum"`` averages over all.
         weights: P_B, a weight for each of ``points()`` in that order; uniform by default.
         replay: run the whole batch through every draw instead of a part of it.
@@ -214,17 +213,17 @@ class SortedNet(Dynamic):
         x, y = split_batch(batch)
         if not self.training:
             self.norms.check(self.point)
-            return self._criterion(self._run(self.point, x), y)
+            return loss(self._run(self.point, x), y, self.criterion)
         self.norms.follow(self.model)
         if self.norm_stats == "recalibrate":
             self.norms.stale()
         if self.mode == "sum":
             self.active = list(self._points)
-            return torch.stack([self._criterion(out, y) for out in self.all_outputs(x)]).mean()
+            return torch.stack([loss(out, y, self.criterion) for out in self.all_outputs(x)]).mean()
         parts = self._parts(x, y)
         drawn = self.draw(len(parts))
         self.active += drawn
-        losses = [self._criterion(self._run(b, xj), yj) for b, (xj, yj) in zip(drawn, parts, strict=True)]
+        losses = [loss(self._run(b, xj), yj, self.criterion) for b, (xj, yj) in zip(drawn, parts, strict=True)]
         return torch.stack(losses).mean()
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
@@ -256,11 +255,8 @@ class SortedNet(Dynamic):
         g = self.accumulate
         if self.replay or g == 1:
             return [(x, y)] * g
-        rows = rows_of(x)
-        if rows < g:
-            raise ValueError(f"batch: {rows} rows cannot be parted into accumulate={g} micro-batches")
-        bounds = [rows * i // g for i in range(g + 1)]
-        return [(take(x, slice(a, b)), take(y, slice(a, b))) for a, b in pairwise(bounds)]
+        together = any(isinstance(m, _BatchNorm) for m in self.model.modules())  # of one row it could make nothing
+        return part(x, y, g, least=2 if together else 1)
 
     def all_outputs(self, x: Input) -> list[Any]:
         """The outputs of all points on ``x``, in the order of ``points()``; over depth alone the blocks run once."""
@@ -337,9 +333,6 @@ class SortedNet(Dynamic):
                 grids = [torch.arange(s) if isinstance(i, slice) else i for i, s in zip(index, mask.shape, strict=True)]
                 region[torch.meshgrid(*grids, indexing="ij") if grids else ...] = True
         return {id(p): masks[name] for name, p in self.model.named_parameters()}
-
-    def _criterion(self, output: Any, target: Any) -> Tensor:
-        return (self.criterion or cross_entropy)(logits(output), target)
 
     # -- running ------------------------------------------------------------------------------------------------
 

@@ -73,11 +73,9 @@ from pliant.core.cost import count_flops, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     first_tensor,
@@ -89,6 +87,7 @@ from pliant.core.inputs import (
     take,
     to_device,
 )
+from pliant.core.objective import Criterion, hard_distillation, loss
 from pliant.core.stacks import find_stacks
 
 Shape = tuple[int, ...]
@@ -1039,12 +1038,13 @@ class StitchNet(Dynamic):
                 self._warned = True
             self._move()
         output = self._run(self.draw() if self.training else self.point, x)
-        value = (self.criterion or cross_entropy)(output, y)
+        value = loss(output, y, self.criterion)
         if self.teacher is not None and self.teacher_weight:
-            teacher = self.teacher.to(output.device)
+            teacher = self.teacher.to(device_of(self))
             with torch.no_grad(), evaluating(teacher):
-                hard = logits(call(teacher, x)).argmax(1)
-            value = (1 - self.teacher_weight) * value + self.teacher_weight * cross_entropy(output, hard)
+                told = call(teacher, x)
+            hard = hard_distillation(output, told, y, self.criterion)
+            value = (1 - self.teacher_weight) * value + self.teacher_weight * hard
         return value
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:

@@ -57,19 +57,17 @@ from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.experts import Backend, Experts, balance_loss, top_k
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     inputs_of,
-    logits,
     packed,
     split_batch,
     to_device,
 )
+from pliant.core.objective import Criterion, loss
 
 Gate = Literal["ste", "hard", "scaled"]
 RouterStart = Literal["replicated", "random"]
@@ -502,11 +500,11 @@ class DynamicDINO(Dynamic):
         if isinstance(batch, Mapping) and "labels" in batch and self.criterion is None:
             output = self.model(**batch)
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-            loss = own if isinstance(own, Tensor) else cross_entropy(logits(output), batch["labels"])
+            value = own if isinstance(own, Tensor) else loss(output, batch["labels"])
         else:
             x, y = split_batch(batch)
-            loss = (self.criterion or cross_entropy)(logits(call(self.model, x)), y)
-        return loss + self.aux_weight * self.aux_loss() if self.training and "copy" not in self.point else loss
+            value = loss(call(self.model, x), y, self.criterion)
+        return value + self.aux_weight * self.aux_loss() if self.training and "copy" not in self.point else value
 
     def aux_loss(self) -> Tensor:
         """The balance losses of the last forward, summed over the layers."""

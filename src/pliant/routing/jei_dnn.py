@@ -64,10 +64,10 @@ from pliant.core.inputs import (
     take,
     to_device,
 )
+from pliant.core.objective import Criterion, row_classes
 from pliant.core.rows import Compact, ExitPlan, check_compact, hidden_of
 
 Feature = Callable[[Tensor], Tensor]
-Criterion = Callable[[Tensor, Tensor], Tensor]
 _EPS = 1e-8
 _WARMUP, _JOINT = 0, 1
 
@@ -458,7 +458,7 @@ class JEIDNN(Dynamic):
         """Features of every exit, (B, D_l) each, the network's own logits (B, C), and the targets."""
         x, y = split_batch(batch)
         device = self.head_bias.device
-        x, y = to_device(x, device), y.to(device)
+        x, y = to_device(x, device), row_classes(y, rows_of(x), "JEI-DNN").to(device)
         if isinstance(x, Mapping) and "exit_features" in x:
             levels, final = self._split(x["exit_features"])
             return levels, final, y

@@ -76,9 +76,7 @@ from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.experts import Activation, Backend, Experts, top_k
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     call,
-    cross_entropy,
     device_of,
     evaluating,
     logits,
@@ -86,6 +84,7 @@ from pliant.core.inputs import (
     split_batch,
     to_device,
 )
+from pliant.core.objective import Criterion, cross_entropy, loss
 
 StepSize = Callable[[Tensor, int], Tensor]
 Rule = Literal["sign", "proportional"]
@@ -502,15 +501,11 @@ class LossFreeBalancer(Dynamic):
             own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
             if isinstance(own, Tensor):
                 return own
-            prediction = logits(output)
         else:
-            prediction = logits(call(self, x))
+            output = call(self, x)
         if self.criterion is not None:
-            value: Tensor = self.criterion(prediction, y)
-            return value
-        if prediction.dim() > 2 and y.shape == prediction.shape[:-1]:  # classes last, as language models have them
-            return cross_entropy(prediction.flatten(0, -2), y.flatten())
-        return cross_entropy(prediction, y)
+            return loss(output, y, self.criterion)
+        return cross_entropy(logits(output), y, last=True)  # classes last, as language models have them
 
     def _auxiliary(self, heard: list[tuple[_Site, Any]], sequences: int) -> Tensor:
         """The weighted sum of balance and z losses, each the mean over the routers."""

@@ -69,15 +69,12 @@ from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.gates import binary_gate
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     inputs_of,
-    logits,
     packed,
     removing,
     rows_of,
@@ -86,6 +83,7 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.masks import multiply_adds, prunable
+from pliant.core.objective import Criterion, loss
 from pliant.core.slicing import Group, Slicing, SubNetwork
 
 Granularity = Literal["layer", "channel"]
@@ -575,8 +573,8 @@ class Consensus(Dynamic):
         if self.training:
             norms = ((n, m) for n, m in self.model.named_modules() if isinstance(m, _BatchNorm))
             self._frozen_norms = {n for n, m in norms if not m.training}
-        loss = (self.criterion or cross_entropy)(logits(self._run(x)), y)
-        return loss + self.regularizer() if self.training else loss
+        value = loss(self._run(x), y, self.criterion)
+        return value + self.regularizer() if self.training else value
 
     def regularizer(self) -> Tensor:
         """lam_p L_polar + lam_c L_cost of the gates of the last forward, weighted as the progress says.

@@ -80,11 +80,9 @@ from pliant.core.activations import (
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     first_tensor,
@@ -97,6 +95,7 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.matrices import Bank, Matrix, matrices
+from pliant.core.objective import Criterion, loss
 from pliant.core.sparse import compile_sparse
 
 Start = Literal["wanda", "magnitude", "sparsegpt"]
@@ -1066,9 +1065,10 @@ def _loss(model: nn.Module, batch: Any, criterion: Criterion | None) -> Tensor:
     """See ``DSnoT.loss``."""
     alone = isinstance(batch, Tensor)
     x, target = (batch, batch) if alone else split_batch(batch)
-    output = logits(call(model, x))
+    whole = call(model, x)
     if criterion is not None:
-        return criterion(output, target)
+        return loss(whole, target, criterion)
+    output = logits(whole)
     tokens = output.dim() == 3 and isinstance(target, Tensor) and output.shape[:2] == target.shape
     if alone and not tokens:
         raise TypeError(
@@ -1078,5 +1078,5 @@ def _loss(model: nn.Module, batch: Any, criterion: Criterion | None) -> Tensor:
     if tokens:
         if alone or isinstance(batch, Mapping):
             output, target = output[:, :-1], target[:, 1:]
-        output, target = output.flatten(0, 1), target.flatten()
-    return cross_entropy(output, target)
+        whole, target = output.flatten(0, 1), target.flatten()
+    return loss(whole, target)

@@ -66,22 +66,21 @@ from pliant.core.cost import count_flops, time_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     inputs_of,
-    logits,
     packed,
+    predictions,
     removing,
     rows_of,
     split_batch,
     take,
     to_device,
 )
+from pliant.core.objective import Criterion, loss
 
 Label = Literal["mass", "uniform"]
 Mode = Literal["decoupled", "joint"]
@@ -769,7 +768,8 @@ class FTWT(Dynamic):
                 torch.ones(rows_of(example), head.out_features, dtype=torch.bool, device=plain.device)
                 for head in self._heads
             ]
-            if not torch.equal(logits(self.trace(example, ones, execution="masked").output), plain):
+            gated = predictions(self.trace(example, ones, execution="masked").output)
+            if not all(torch.equal(gated[name], y) for name, y in predictions(call(model, example)).items()):
                 raise ValueError(
                     "model: with all gates open its output changes; an activation works in place and its result is not "
                     "used. Write x = self.act(x)"
@@ -801,12 +801,11 @@ class FTWT(Dynamic):
     def loss(self, batch: Batch) -> Tensor:
         """The objective of the module's docstring (a scalar); without gates the criterion alone."""
         x, target = split_batch(batch)
-        criterion = self.criterion if self.criterion is not None else cross_entropy
         if self.point == DENSE:
-            return criterion(logits(call(self.model, x)), target)
+            return loss(call(self.model, x), target, self.criterion)
         learning = not self.cooling and self.mask_weight > 0
         trace = self.trace(x, labels=learning, execution="masked")
-        task = criterion(logits(trace.output), target)
+        task = loss(trace.output, target, self.criterion)
         if not learning:
             self._still()
             return task

@@ -73,20 +73,18 @@ from torch.optim import Optimizer
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
-    logits,
     packed,
     removing,
     split_batch,
     to_device,
 )
 from pliant.core.masks import pack_bits, unpack_bits
+from pliant.core.objective import Criterion, loss, target_outputs
 from pliant.core.slicing import Cuts, Group, Slicing, SubNetwork
 from pliant.core.sparse import compile_sparse
 
@@ -512,11 +510,11 @@ class PruningAdapters(Dynamic):
         outputs: dict[str, Tensor] | None = None
         if self.training and self.score != "weight" and torch.is_grad_enabled():
             outputs = {}
-        loss = self._criterion(self._run(x, outputs), y)
-        for name, value in (outputs or {}).items():
-            if value.requires_grad:
-                value.register_hook(self._summing(name, value.detach()))  # type: ignore[no-untyped-call]
-        return loss
+        value = loss(self._run(x, outputs), y, self.criterion)
+        for name, output in (outputs or {}).items():
+            if output.requires_grad:
+                output.register_hook(self._summing(name, output.detach()))  # type: ignore[no-untyped-call]
+        return value
 
     def _summing(self, name: str, value: Tensor) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
@@ -697,11 +695,8 @@ class PruningAdapters(Dynamic):
             for batch in data:
                 x, y = to_device(split_batch(batch), device)
                 outputs: dict[str, Tensor] = {}
-                prediction = logits(self._run(x, outputs))
-                if kind == "lrp":
-                    goal = prediction.gather(-1, y.view(*prediction.shape[:-1], 1)).sum()
-                else:
-                    goal = self._criterion(prediction, y)
+                output = self._run(x, outputs)
+                goal = target_outputs(output, y) if kind == "lrp" else loss(output, y, self.criterion)
                 names = list(outputs)
                 grads = torch.autograd.grad(goal, [outputs[n] for n in names], allow_unused=True)
                 for name, grad in zip(names, grads, strict=True):
@@ -928,9 +923,6 @@ class PruningAdapters(Dynamic):
         kwargs = dict(x) if isinstance(x, Mapping) else {}
         with removing(hooks):
             return functional_call(network.skeleton, tensors, args, kwargs, tie_weights=False)
-
-    def _criterion(self, output: Any, target: Any) -> Tensor:
-        return (self.criterion or cross_entropy)(logits(output), target)
 
     # -- what is stored -----------------------------------------------------------------------------------------
 

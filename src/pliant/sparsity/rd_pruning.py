@@ -59,11 +59,9 @@ from pliant.core.activations import answer_mask
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
     evaluating,
     first_tensor,
@@ -76,6 +74,7 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.matrices import Matrix, matrices
+from pliant.core.objective import Criterion, loss
 from pliant.core.sparse import compile_sparse
 
 Mode = Literal["iterative", "oneshot"]
@@ -486,8 +485,7 @@ class RDPruning(Dynamic):
     def loss(self, batch: Batch) -> Tensor:
         """The criterion at the present sparsity; the gradient of a masked weight is exactly zero."""
         x, target = split_batch(batch)
-        criterion = self.criterion if self.criterion is not None else cross_entropy
-        return criterion(logits(call(self.model, x)), target)
+        return loss(call(self.model, x), target, self.criterion)
 
     def points(self) -> list[Point]:
         """The sparsities from the highest to the dense network."""

@@ -70,18 +70,16 @@ from torch.utils.hooks import RemovableHandle
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
-    cross_entropy,
     device_of,
-    logits,
     packed,
     split_batch,
     to_device,
 )
 from pliant.core.masks import global_masks, pack_bits, unpack_bits
+from pliant.core.objective import Criterion, loss
 from pliant.core.sparse import compile_sparse
 
 Grow = Literal["gradient", "random"]
@@ -309,8 +307,7 @@ class SparseLearning(Dynamic):
             found: Tensor = cast(Any, self.model).loss(batch)
             return found
         x, target = split_batch(batch)
-        criterion = self.criterion if self.criterion is not None else cross_entropy
-        return criterion(logits(call(self.model, x)), target)
+        return loss(call(self.model, x), target, self.criterion)
 
     def points(self) -> list[Point]:
         """The one setting, ``Point(sparsity=1 - density)``; with several densities, of all masked entries together."""

@@ -8,10 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from pliant.core.objective import Criterion, Metric
+
 
 @dataclass(frozen=True)
 class Task:
-    """What ``pliant compare`` needs to know: data in three parts, a model for a seed, and an example input."""
+    """What ``pliant compare`` needs to know: data in three parts, a model for a seed, and an example input.
+
+    ``criterion``, ``metric`` and ``lower_is_better`` are those of ``fit``'s networks and of ``measure``; None: cross
+    entropy and accuracy, for targets that are classes.
+    """
 
     name: str
     title: str
@@ -20,6 +26,9 @@ class Task:
     test: Iterable[Any]
     example: Any
     model: Callable[[int], nn.Module]
+    criterion: Criterion | None = None
+    metric: Metric | None = None
+    lower_is_better: bool | None = None
 
 
 def load(name: str) -> Task:

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pliant.core.dynamic import Dynamic, Point, Value
-from pliant.core.inputs import Batch, Criterion, Input, call, check_example, cross_entropy, logits, packed, split_batch
+from pliant.core.inputs import Batch, Input, call, check_example, packed, split_batch
+from pliant.core.objective import Criterion, loss
 
 FUNCTIONS = ("arctan", "tanh", "softsign", "mulaw", "identity")
 TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
@@ -526,7 +527,7 @@ class WeightCompander(Dynamic):
         """The criterion, and with ``decay_on="w"`` lam/2 |Psi(v)|^2 of the companded weights."""
         x, target = split_batch(batch)
         with parametrize.cached():  # a weight that is read several times is computed once
-            value = (self.criterion or cross_entropy)(logits(call(self.model, x)), target)
+            value = loss(call(self.model, x), target, self.criterion)
             if self.decay_on == "w" and self.decay:
                 weights: Iterable[Tensor] = (getattr(m, name) for m, name, _ in companders(self.model).values())
                 value = value + 0.5 * self.decay * torch.stack([w.square().sum() for w in weights]).sum()

@@ -25,18 +25,17 @@ from pliant.core.cost import count_parameters, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
     check_example,
     device_of,
-    logits,
     packed,
     rows_of,
     split_batch,
     take,
     to_device,
 )
+from pliant.core.objective import Criterion, loss
 from pliant.elastic.self_expanding.proposals import INITS, Candidate, Expansion, Proposal, propose
 from pliant.elastic.self_expanding.scores import (
     METRICS,
@@ -268,7 +267,7 @@ class SelfExpanding(Dynamic):
         x, y = split_batch(batch)
         if self.training and self.score_data is None:
             self._remember(x, y)
-        value = self._criterion(logits(call(self.model, x)), y)
+        value = loss(call(self.model, x), y, self._criterion)
         return value.mean() if value.ndim else value
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:

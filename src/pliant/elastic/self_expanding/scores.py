@@ -21,10 +21,8 @@ from torch.nn import functional as F
 
 from pliant.core.inputs import (
     Batch,
-    Criterion,
     Input,
     call,
-    cross_entropy,
     evaluating,
     logits,
     map_tensors,
@@ -32,6 +30,7 @@ from pliant.core.inputs import (
     rows_of,
     split_batch,
 )
+from pliant.core.objective import Criterion, cross_entropy
 
 SCORES = ("kfac", "diag", "exact")
 METRICS = ("empirical", "output")
@@ -190,8 +189,11 @@ def _outer_gradient(criterion: Criterion, output: Tensor, target: Any) -> Tensor
             (found,) = torch.autograd.grad(whole.sum(), out)
             return finite(found, "the gradient of the loss")
 
+        soft = criterion is cross_entropy and isinstance(target, Tensor) and target.is_floating_point()
+        one = F.cross_entropy if soft else criterion  # that such targets are probabilities was seen on all of them
+
         def single(o: Tensor, t: Any) -> tuple[Tensor, Tensor]:
-            value = criterion(o[None], map_tensors(t, lambda v: v[None])).sum()
+            value = one(o[None], map_tensors(t, lambda v: v[None])).sum()
             return value, value
 
         try:
