@@ -639,7 +639,7 @@ def test_a_chosen_expansion_keeps_the_rules_of_the_block() -> None:
                 mid = _to_eight(round(c * row.expand * e))
                 made = {m.module: sizes[g.name] for g in net.axes.slicing.groups for m in g.members if m.side == "out"}
                 assert made[f"stages.{s}.{b}.excite.3"] == mid
-                assert made[f"stages.{s}.{b}.excite.1"] == _to_eight(mid // 4)
+                assert made.get(f"stages.{s}.{b}.excite.1", 8) == _to_eight(mid // 4)  # 8 of 8 is no choice
                 c = int(point[f"stages.{s}.width"])
 
 

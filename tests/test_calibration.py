@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from pliant.core.calibration import NormTable, batches_of
 from pliant.core.dynamic import Point
+from pliant.elastic import BigNAS, ProARD, SortedNet
 
 P = Point(size=1)
 Q = Point(size=2)
@@ -128,3 +129,52 @@ def test_bad_input() -> None:
         _table(model, _data(), "ema")
     with pytest.raises(ValueError, match="data: it has no batches"):
         batches_of([], 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("by", ["class", "loop"])
+@pytest.mark.parametrize("make", ["sortednet", "bignas", "proard"])
+def test_frozen_layers_keep_their_statistics_and_others_do_not(make: str, by: str) -> None:
+    """Trained with mean 0.30, handed out with mean 0.30."""
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.still = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.b, self.live = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16)
+            self.head = nn.Linear(16, 4)
+            nn.init.constant_(self.still.running_mean, 0.3)
+
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            if by == "class":
+                self.still.eval()
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.still(self.a(x)).relu()
+            return self.head(self.live(self.b(y)).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    model, x, y = Frozen(), torch.rand(16, 1, 8, 8), torch.arange(16) % 4
+    net: Any = {
+        "sortednet": lambda: SortedNet(model, x, width=(0.5, 1.0), accumulate=2),
+        "bignas": lambda: BigNAS(model, x, width=(0.5, 1.0), expansion=(1.0,)),
+        "proard": lambda: ProARD(model, x, width=(0.5, 1.0), depth=(1.0,), expansion=(1.0,), divisor=1),
+    }[make]()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for _ in range(3):
+        net.train()
+        if by == "loop":
+            model.still.eval()
+        optimizer.zero_grad()
+        net.loss((x, y)).backward()
+        optimizer.step()
+    before = model.live.running_mean.clone()
+    net.finish([(x, y)])
+    net.eval()
+    for point in net.points():
+        small = net.extract(point)
+        layers = dict(small.named_modules())
+        assert torch.equal(layers["still"].running_mean, torch.full_like(layers["still"].running_mean, 0.3))
+        assert not torch.equal(layers["live"].running_mean, before[: len(layers["live"].running_mean)])
+        assert torch.equal(small(x), net.use(point)(x))

@@ -5,7 +5,8 @@ whatever the forward does with them. A layer that reads them reads zero instead;
 that are numbers; a block that fell away passes on what it gets. What comes out must be what the cut network computes,
 to rounding. If the map of channels is wrong anywhere, other channels are missing there, and the two differ.
 
-Weights are shaken first where they are all alike: scales that start at zero or one would hide an exchange of channels.
+Weights are shaken first where they are all alike, and enlarged where they are small: scales that start at zero or one
+and attention that starts even would hide an exchange of channels.
 """
 
 from __future__ import annotations
@@ -181,6 +182,9 @@ def _shaken(model: nn.Module) -> nn.Module:
         if not p.is_floating_point() or p.numel() < 2:
             continue
         size = p.abs().max().item()
+        if p.ndim > 1 and size > 0:  # weights that are small at the start would leave attention even, gates half open
+            p.mul_(max(1.0, p[0].numel() ** -0.5 / max(p.std().item(), 1e-12)))
+            size = p.abs().max().item()
         if p.std().item() < 0.05 * size or size < 1e-3:
             p.add_(0.1 * noise(p) / (p[0].numel() ** 0.5 if p.ndim > 1 else 1.0))
     for module in full.modules():

@@ -37,12 +37,14 @@ class NormTable(nn.Module):
         model: the full network; its layers that keep running statistics are found by name.
         points: the first rows. They hold the model's own statistics and are stale until estimated.
 
-    A layer that a point cuts to its first or scattered c channels uses the first c of its columns.
+    A layer that a point cuts to its first or scattered c channels uses the first c of its columns. Layers that training
+    leaves in evaluation mode (frozen ones) have no part in it: they keep the model's own statistics, see ``follow``.
     """
 
     mean: Tensor
     var: Tensor
     fresh: Tensor
+    frozen: Tensor
 
     def __init__(self, model: nn.Module, points: Sequence[Point]) -> None:
         super().__init__()
@@ -63,6 +65,7 @@ class NormTable(nn.Module):
         self.register_buffer("mean", first.new_zeros(0, start))
         self.register_buffer("var", first.new_zeros(0, start))
         self.register_buffer("fresh", torch.zeros(0, dtype=torch.bool, device=device))
+        self.register_buffer("frozen", torch.zeros(len(self.columns), dtype=torch.bool))
         self._first = (first, second)  # what a new row starts from
         for point in points:
             self.add(point)
@@ -114,9 +117,16 @@ class NormTable(nn.Module):
             "call net.finish(train) or net.calibrate(data) first (pliant.fit does so at its end)"
         )
 
+    def follow(self, model: nn.Module) -> None:
+        """Take note, in a step of training, which layers of ``model`` use the statistics that they have."""
+        modules = dict(model.named_modules())
+        now = torch.tensor([not modules[name].training for name in self.columns], dtype=torch.bool)
+        if not torch.equal(now, self.frozen.cpu()):
+            self.frozen.copy_(now)
+
     def place(self, point: Point) -> tuple[int, ...]:
         """Where the row of ``point`` lies in memory: while this stays the same, so do its ``tensors``."""
-        return (self._rows.get(point, -1), self.mean.data_ptr(), self.var.data_ptr())
+        return (self._rows.get(point, -1), self.mean.data_ptr(), self.var.data_ptr(), self.frozen._version)
 
     def tensors(self, point: Point, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """The buffers of ``point`` by name, as views on its row.
@@ -124,8 +134,8 @@ class NormTable(nn.Module):
         ``layers`` are the modules that the point has, by name; those that keep no statistics are passed over.
         """
         row, found = self._rows[point], {}
-        for name, (start, _) in self.columns.items():
-            if name in layers:
+        for (name, (start, _)), frozen in zip(self.columns.items(), self.frozen.tolist(), strict=True):
+            if name in layers and not frozen:
                 end = start + int(layers[name].num_features)  # type: ignore[arg-type]
                 found[f"{name}.running_mean"] = self.mean[row, start:end]
                 found[f"{name}.running_var"] = self.var[row, start:end]
@@ -154,7 +164,8 @@ class NormTable(nn.Module):
             return
         self.add(point)
         skeleton.eval()
-        layers = {name: m for name, m in skeleton.named_modules() if name in self.columns}
+        frozen = {name for name, still in zip(self.columns, self.frozen.tolist(), strict=True) if still}
+        layers = {name: m for name, m in skeleton.named_modules() if name in self.columns and name not in frozen}
         seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in layers}
         # A layer in training mode writes into its buffers: give it some that nobody reads.
         scratch = {name: t.clone() for name, t in self.tensors(point, layers).items()}

@@ -15,6 +15,16 @@ Ids = NDArray[np.int64]
 CONSTANT, WHOLE = 0, 1
 LARGEST_BARE = 1 << 22  # elements of a bare parameter that are followed one by one
 LARGEST_CONSTANT = 1 << 18
+# What modules of attention call their number of heads.
+HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "nhead", "heads")
+PER_HEAD = (
+    "head_dim",
+    "head_size",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "d_kv",
+    "scaling",
+)  # and the width of one
 
 
 def is_linear_1d(module: nn.Module) -> bool:

@@ -388,7 +388,7 @@ def save(net: Dynamic, folder: str | os.PathLike[str]) -> Path:
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None, **given: Any) -> Dynamic:
-    """The network that ``save`` wrote, at the setting it stood at.
+    """The network that ``save`` wrote, at the setting it stood at and in evaluation mode: it answers as the saved one.
 
     Args:
         folder: what ``save`` was given.
@@ -419,7 +419,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, **given
         raise DamagedError(f"{where}: structure, point or aliases are not what {path} writes: {error!r}") from error
     load_state(net, _under(_STATE, tensors), aliases, where)
     net.use(point)
-    return net
+    return net.eval()
 
 
 def _arguments(

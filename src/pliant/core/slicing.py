@@ -38,8 +38,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from pliant.core.agreement import Agreement
 from pliant.core.channels import Carrier, Channels, Reading, is_output, read_channels
-from pliant.core.inputs import Input, call, check_example, take
-from pliant.core.labels import Ids, is_linear_1d
+from pliant.core.configs import fitted_config
+from pliant.core.inputs import Input, call, check_example, device_of, take, to_device
+from pliant.core.labels import HEADS, PER_HEAD, Ids, is_linear_1d
 from pliant.core.stacks import find_stacks
 
 Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
@@ -110,6 +111,8 @@ class SubNetwork:
 
     skeleton: nn.Module
     cuts: Mapping[str, Cuts]
+    example: Input | None = field(default=None, compare=False, repr=False)
+    _config: tuple[Any] | None = field(default=None, compare=False, repr=False)  # of a model of transformers
 
     @cached_property
     def _places(self) -> list[tuple[list[str], list[tuple[str, str]]]]:
@@ -156,11 +159,20 @@ class SubNetwork:
         _put(self.modules, tensors)
         return call(self.skeleton, x)
 
+    def set_mode(self, model: nn.Module, training: bool = True) -> None:
+        """Training or evaluation mode; what is in evaluation mode in ``model`` stays so (frozen normalisation)."""
+        self.skeleton.train(training)
+        if training:
+            full = dict(model.named_modules(remove_duplicate=False))
+            for name, module in self.modules.items():
+                if name in full:
+                    module.training = module.training and full[name].training
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SubNetwork:
-        return SubNetwork(_skeleton(self.skeleton), copy.deepcopy(self.cuts, memo))
+        return SubNetwork(_skeleton(self.skeleton), copy.deepcopy(self.cuts, memo), self.example)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (SubNetwork, (_skeleton(self.skeleton), self.cuts))
+        return (SubNetwork, (_skeleton(self.skeleton), self.cuts, self.example))
 
     def infer(
         self, model: nn.Module, x: Input, replace: Callable[[], Mapping[str, Tensor]] = dict, key: object = None
@@ -192,11 +204,19 @@ class SubNetwork:
         return call(mount.network, x)  # type: ignore[arg-type]
 
     @cached_property
+    def twin(self) -> SubNetwork:
+        """The same sub-network with a skeleton of its own, for another mode at the same time."""
+        return SubNetwork(_skeleton(self.skeleton), self.cuts, self.example)
+
+    @cached_property
     def _mount(self) -> _Mount:
         return _Mount()
 
     def extract(self, model: nn.Module, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A plain network with contiguous copies of the weights, in evaluation mode. Tied weights stay tied."""
+        """A plain network with contiguous copies of the weights, in evaluation mode. Tied weights stay tied.
+
+        A model of transformers gets a configuration that describes its new sizes.
+        """
         network = _skeleton(self.skeleton)
         full, views = _tensors(model), self.views(model)
         views.update(replace or {})
@@ -213,7 +233,13 @@ class SubNetwork:
             store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
             store[leaf] = made[id(full[name])]
         _refresh(network.modules())
-        return network.eval()
+        network.eval()
+        if self._config is None and self.example is not None:
+            example = to_device(self.example, device_of(model))
+            object.__setattr__(self, "_config", (fitted_config(network, model, example),))
+        if self._config is not None and self._config[0] is not None:
+            _give_config(network, copy.deepcopy(self._config[0]))
+        return network
 
 
 class _Mount:
@@ -423,7 +449,7 @@ class Slicing:
                 owners[owner] = owners.get(owner, 0) + (1 if member.side == "out" else -1) * len(member.positions)
         for owner, balance in owners.items():
             module = self.model.get_submodule(owner)
-            counts = {a: v for a in _HEADS if isinstance(v := getattr(module, a, None), int) and v > 0}
+            counts = {a: v for a in HEADS if isinstance(v := getattr(module, a, None), int) and v > 0}
             if balance <= 0 or not counts or any(v % group.units for v in counts.values()):
                 continue
             self.heads[owner] = group.name
@@ -501,7 +527,7 @@ class Slicing:
 
     def _why_single(self, group: Group, divisor: int) -> str:
         if len(group.ids) > 1:
-            return f"divisor={divisor} leaves nothing of their number to choose"
+            return ""  # the divisor leaves nothing of their number to choose
         return _ONE_UNIT if group.channels > 1 else ""
 
     def _alike(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
@@ -582,6 +608,8 @@ class Slicing:
             for owner in above[-1:] if nearest else above:
                 module = self.model.get_submodule(owner)
                 for attribute, value in vars(module).items():
+                    if attribute in PER_HEAD:
+                        continue
                     values = value if isinstance(value, tuple | list) and value else [value]
                     width = len(member.positions)
                     sizes = {width, width // 2, width // 3, group.channels, group.units} - {0, 1}
@@ -592,8 +620,10 @@ class Slicing:
     def _report(self) -> None:
         """Say what keeps its width; refuse a network of which nothing can be cut."""
         reasons: dict[str, list[str]] = {}
+        cut = {m.module for g in self.groups for m in g.members if m.side != "in"}
         for name, text in self.whole.items():
-            pattern, reason = (re.sub(r"\.\d+(?=\.|$)", ".*", n) for n in (name, text))
+            pattern, reason = (re.sub(r"\.\d+(?=\.)", ".*", n) for n in (name, text))
+            pattern = name if fnmatch.filter(cut, pattern) else pattern  # it must not name what is cut
             if pattern not in reasons.setdefault(reason, []):
                 reasons[reason].append(pattern)
         lines = [f"{', '.join(map(repr, names[:6]))}{', ...' if len(names) > 6 else ''}: {why}"
@@ -692,7 +722,7 @@ class Slicing:
                 module.use_nested_tensor = module.use_nested_tensor and even
             if adapt and callable(leave_out := getattr(module, "after_slicing", None)):
                 leave_out()
-        return SubNetwork(skeleton, cuts)
+        return SubNetwork(skeleton, cuts, self.example)
 
     def _gone(self, sizes: Mapping[str, int | Collection[int]]) -> dict[Carrier, set[int]]:
         """The positions that fall away."""
@@ -774,7 +804,6 @@ class Slicing:
                 )
 
 
-_HEADS = ("num_heads", "num_attention_heads", "num_key_value_heads", "n_heads", "n_head", "nhead", "heads")
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
 _EXCLUDED = "excluded"
 _ONE_UNIT = "all its channels form one unit, which has to stay"
@@ -1008,6 +1037,19 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     module = model.get_submodule(path)
     found = module._parameters.get(leaf)
     return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
+
+
+def _give_config(network: nn.Module, config: Any) -> None:
+    """Put a configuration, and those inside it, in place of the old ones wherever modules hold them."""
+    old = network.config
+    replaced = {id(old): config}
+    for name, value in vars(old).items():  # type: ignore[arg-type]
+        if hasattr(value, "to_dict"):
+            replaced[id(value)] = getattr(config, name)
+    for module in network.modules():
+        for attribute, value in vars(module).items():
+            if id(value) in replaced:
+                setattr(module, attribute, replaced[id(value)])
 
 
 def _put(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:

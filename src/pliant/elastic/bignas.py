@@ -203,6 +203,7 @@ class BigNAS(Dynamic):
         if not self.training:
             self.norms.check(self.point)
             return self._criterion(logits(self._run(self.point, x)), y)
+        self.norms.follow(self.model)
         self.norms.stale()
         losses: list[Tensor] = []
         z: Tensor | None = None
@@ -287,14 +288,16 @@ class BigNAS(Dynamic):
             if network.skeleton.training:
                 network.skeleton.eval()
             return network.infer(self.model, x, lambda: self._statistics(point, network), self.norms.place(point))
-        network.skeleton.train(regularized)  # all that is random in training: dropout, in attention too, drop-connect
-        for module in network.modules.values():
-            if isinstance(module, _NormBase):
-                module.train()
-                module.momentum = 0.0  # batch statistics, and the buffers that all children share stay as they are
-        output = network.run(self.model, x)
-        network.skeleton.train()  # so that evaluation knows that it has to turn everything
-        return output
+        if not regularized:
+            network = network.twin  # activation checkpointing runs each again during backward, in its own mode
+        network.set_mode(self.model)
+        live = [m for m in network.modules.values() if isinstance(m, _NormBase) and m.training]
+        if not regularized:  # all that is random in training: dropout, in attention too, drop-connect
+            network.skeleton.eval()
+        for module in live:
+            module.train()
+            module.momentum = 0.0  # batch statistics, and the buffers that all children share stay as they are
+        return network.run(self.model, x)
 
     def _statistics(self, point: Point, network: SubNetwork) -> dict[str, Tensor]:
         return self.norms.tensors(point, network.modules) if point in self.norms else {}

@@ -700,6 +700,7 @@ class ProARD(Dynamic):
         step, phase = int(self.steps), self.phases[self.phase]
         if self.training:
             self.steps += 1
+            self.norms.follow(self.model)
             self.norms.stale()
         if phase.axis == "teacher":
             return self._trades(self.space.largest, x, y, self.generator(step, 0))
@@ -946,11 +947,11 @@ class ProARD(Dynamic):
         self, network: SubNetwork, x: Any, mode: Literal["train", "batch", "eval"], tensors: Mapping[str, Tensor] = {}
     ) -> Any:
         """The sub-network on x; in "batch" mode only its normalisation layers are in training mode."""
-        skeleton = network.skeleton
-        skeleton.train(mode == "train")
+        network.set_mode(self.model, mode == "train")
         if mode == "batch":
-            for name in self.norms.columns:
-                if name in network.modules:
+            frozen = self.norms.frozen.tolist()
+            for name, still in zip(self.norms.columns, frozen, strict=True):
+                if name in network.modules and not still:
                     network.modules[name].train()
         return network.run(self.model, x, {**tensors, **self._filters(network)})
 

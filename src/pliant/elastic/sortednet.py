@@ -215,6 +215,7 @@ class SortedNet(Dynamic):
         if not self.training:
             self.norms.check(self.point)
             return self._criterion(self._run(self.point, x), y)
+        self.norms.follow(self.model)
         if self.norm_stats == "recalibrate":
             self.norms.stale()
         if self.mode == "sum":
@@ -351,8 +352,8 @@ class SortedNet(Dynamic):
     def _ready(self, point: Point) -> SubNetwork:
         """The sub-network of ``point`` in this network's mode."""
         network = self._networks[point]
-        if network.skeleton.training != self.training:
-            network.skeleton.train(self.training)
+        if self.training or network.skeleton.training:
+            network.set_mode(self.model, self.training)
         if self.training and self.norm_stats == "switchable":
             self.norms.trust(point)
         return network

@@ -400,6 +400,7 @@ class Consensus(Dynamic):
             self.slicing = Slicing(model, example, exclude=exclude, stacks=())
             self._channels = self._find_channels(self.slicing)
         self._passing = _Passing()
+        self._frozen_norms: set[str] = set()  # layers that training leaves in evaluation mode
         self._make_gates()
 
     # -- construction -------------------------------------------------------------------------------------------
@@ -571,6 +572,9 @@ class Consensus(Dynamic):
             ValueError: a batch of one sample, for which all gates are unanimous.
         """
         x, y = split_batch(batch)
+        if self.training:
+            norms = ((n, m) for n, m in self.model.named_modules() if isinstance(m, _BatchNorm))
+            self._frozen_norms = {n for n, m in norms if not m.training}
         loss = (self.criterion or cross_entropy)(logits(self._run(x)), y)
         return loss + self.regularizer() if self.training else loss
 
@@ -857,11 +861,16 @@ class Consensus(Dynamic):
 
     @torch.no_grad()
     def recalibrate(self, data: Iterable[Any] | Input) -> Self:
-        """Estimate the statistics of all BatchNorm layers anew, as means over ``data`` on the consensus sub-network.
+        """Estimate the statistics of BatchNorm layers anew, as means over ``data`` on the consensus sub-network.
+
+        Layers that training left in evaluation mode (frozen ones) keep theirs.
 
         They are the model's own buffers, so the network with gates uses them too from then on.
         """
-        norms = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        norms = [
+            m for n, m in self.model.named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None and n not in self._frozen_norms
+        ]  # fmt: skip
         momenta = [m.momentum for m in norms]
         device, before, seen = device_of(self.model), self.point, False
         with evaluating(self):

@@ -883,8 +883,8 @@ class PruningAdapters(Dynamic):
     def _network(self, setting: _Setting) -> SubNetwork:
         if setting.network is None:
             setting.network = self.slicing.build(cast(Any, setting.kept))
-        if setting.network.skeleton.training != self.training:
-            setting.network.skeleton.train(self.training)
+        if self.training or setting.network.skeleton.training:
+            setting.network.set_mode(self.model, self.training)
         return setting.network
 
     def _tensors(self, setting: _Setting, fused: bool) -> dict[str, Tensor]:
