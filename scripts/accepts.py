@@ -314,6 +314,8 @@ def _train_model(row: ModelRow, name: str, slicing: Slicing) -> None:
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
+# Why channels stay whole of which the library names no layer, because none makes them.
+_UNNAMED = "states and outputs of recurrent layers keep their width"
 _STATUS = {
     "through": ("cut", "cut, the same"),
     "both": ("cut", "cut"),
@@ -333,10 +335,13 @@ def layer_line(row: LayerRow) -> str:
     enters, leaves = _STATUS[row.status]
     if row.name.partition(",")[0] in ("Embedding", "EmbeddingBag"):
         enters = "indices"
+    reason = row.reason
+    if not reason and issubclass(getattr(nn, row.name.partition(",")[0]), nn.RNNBase | nn.RNNCellBase):
+        reason = _UNNAMED
     if row.inside:
         leaves += f"; {row.inside} more inside"
-    return _cells(f"`{row.name.partition(',')[0]}`{''.join(row.name.partition(',')[1:])}", enters, leaves, row.flops,
-                  row.reason)  # fmt: skip
+    kind, comma, variant = row.name.partition(",")
+    return _cells(f"`{kind}`{comma}{variant}", enters, leaves, row.flops, reason)
 
 
 def _percent(share: float) -> str:
@@ -430,7 +435,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wrong += [f"{name}: {w}" for w in row.wrong]
         spent += 1 if is_layer else 10
         left = (time.monotonic() - start) * (weight - spent) / spent
-        print(f"[{spent * 100 // weight:3} %, {left:4.0f} s left] {name}{': WRONG' if row.wrong else ''}", file=sys.stderr)
+        print(
+            f"[{spent * 100 // weight:3} %, {left:4.0f} s left] {name}{': WRONG' if row.wrong else ''}", file=sys.stderr
+        )
     if options.only:
         print("\n".join([*map(layer_line, layer_rows), *map(model_line, model_rows)]))
     if wrong:

@@ -1,7 +1,7 @@
 """A small network around every layer of torch.nn, and what the other classes there are: what ``accepts.py`` tries.
 
-Each network is ``lead -> first -> the layer -> last``: ``first`` makes the channels that enter the layer, ``last`` reads
-those that leave it; ``lead`` only gives every network something that can be cut.
+Each network is ``lead -> first -> the layer -> last``: ``first`` makes the channels that enter the layer, ``last``
+reads those that leave it; ``lead`` only gives every network something that can be cut.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,12 +131,12 @@ def _by_dimension(names: str, make: Callable[[Any], nn.Module], dims: Iterable[i
     for name in names.split():
         for n in dims:
             kind: Any = getattr(nn, f"{name}{n}d")
-            found[f"{name}{n}d"] = Case(lambda kind=kind: make(kind), f"{n}d")  # type: ignore[misc]
+            found[f"{name}{n}d"] = Case(partial(make, kind), f"{n}d")
     return found
 
 
 def _elementwise(names: str, *arguments: Any) -> dict[str, Case]:
-    return {name: Case(lambda k=getattr(nn, name): k(*arguments), "features") for name in names.split()}  # type: ignore[misc]
+    return {name: Case(partial(getattr(nn, name), *arguments), "features") for name in names.split()}
 
 
 CASES: dict[str, Case] = {
@@ -170,7 +171,7 @@ CASES: dict[str, Case] = {
     **_by_dimension("FractionalMaxPool", lambda k: k(2, output_size=3, _random_samples=_samples(k)), (2, 3)),
     **_by_dimension("LPPool", lambda k: k(2, 2)),
     **{
-        f"MaxUnpool{n}d": Case(lambda k=getattr(nn, f"MaxUnpool{n}d"): k(2), f"{n}d", _pooled_and_back(n))  # type: ignore[misc]
+        f"MaxUnpool{n}d": Case(partial(getattr(nn, f"MaxUnpool{n}d"), 2), f"{n}d", _pooled_and_back(n))
         for n in (1, 2, 3)
     },
     **_by_dimension("CircularPad ReflectionPad ReplicationPad ZeroPad", lambda k: k(1)),
@@ -198,13 +199,10 @@ CASES: dict[str, Case] = {
     ),
     "Transformer": Case(lambda: nn.Transformer(16, 4, 1, 1, 12, batch_first=True), "sequence", _twice, 16),
     **{
-        name: Case(lambda k=getattr(nn, name): k(C, 10, 2, batch_first=True), "sequence", _first)  # type: ignore[misc]
+        name: Case(partial(getattr(nn, name), C, 10, 2, batch_first=True), "sequence", _first)
         for name in ("RNN", "LSTM", "GRU")
     },
-    **{
-        name: Case(lambda k=getattr(nn, name): k(C, 10), "features", _step)  # type: ignore[misc]
-        for name in ("RNNCell", "LSTMCell", "GRUCell")
-    },
+    **{name: Case(partial(getattr(nn, name), C, 10), "features", _step) for name in ("RNNCell", "LSTMCell", "GRUCell")},
     "AdaptiveLogSoftmaxWithLoss": Case(
         lambda: nn.AdaptiveLogSoftmaxWithLoss(C, 20, [6, 12]), "features", lambda layer, x: layer.log_prob(x)
     ),
@@ -233,7 +231,7 @@ VARIANTS: dict[str, Case] = {
     "Softmax, over positions": Case(lambda: nn.Softmax(1), "sequence"),
     "FractionalMaxPool2d, drawn at each call": Case(lambda: nn.FractionalMaxPool2d(2, output_size=3), "2d"),
     **{
-        f"Upsample, {mode} {n}d": Case(lambda m=mode: nn.Upsample(scale_factor=2, mode=m), f"{n}d")  # type: ignore[misc]
+        f"Upsample, {mode} {n}d": Case(partial(nn.Upsample, scale_factor=2, mode=mode), f"{n}d")
         for mode, n in (
             ("nearest", 1), ("linear", 1), ("nearest", 2), ("nearest-exact", 2), ("bilinear", 2), ("nearest", 3),
             ("trilinear", 3),

@@ -135,7 +135,7 @@ class Agreement:
                 for dim in range(2, weight.ndim):
                     stack.enter_context(_overwritten(weight, dim, border, 0.0))
             stack.enter_context(removing(handles))
-            stack.enter_context(_FilledIn())
+            stack.enter_context(_FilledIn())  # type: ignore[no-untyped-call]
             yield
 
 

@@ -340,7 +340,9 @@ def follow(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) ->
     elif base in ("_embedding_bag", "_embedding_bag_forward_only"):
         for x in tensors[1:]:
             t.freeze(t.of(x), f"they are indices or weights of an embedding bag in {t.place()}")
-        t.put(outputs[0], t.side(t.of(args[0]), -1)[1])
+        made = t.new(args[0].shape[-1])
+        t.tie(t.side(t.of(args[0]), -1)[1], made)
+        t.put(outputs[0], made)
         for y in outputs[1:]:
             t.put(y, float(WHOLE))
     elif base == "_trilinear" and t.is_bare(t.of(args[1])):
@@ -436,7 +438,7 @@ def _bilinear(t: Tracer, args: Any, out: Tensor) -> None:
     first, weight, second = (t.of(x) for x in args[:3])
     for labels in (first, second):
         t.freeze(labels, f"they enter a bilinear product in {t.place()}")
-    made = weight.amax((1, 2))
+    made = t.new(len(weight))
     t.tie(weight, made[:, None, None].expand_as(weight))
     t.put(out, made)
 
