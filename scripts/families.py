@@ -115,7 +115,8 @@ _VIT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num
 FAMILIES: dict[str, Callable[[], Made]] = {
     "BERT": _text("BertForSequenceClassification", num_labels=4),
     "RoBERTa": _text("RobertaForSequenceClassification", num_labels=4, max_position_embeddings=40),
-    "DistilBERT": _text("DistilBertForSequenceClassification", dim=16, hidden_dim=24, n_layers=3, n_heads=4, num_labels=4),
+    "DistilBERT": _text("DistilBertForSequenceClassification", dim=16, hidden_dim=24, n_layers=3, n_heads=4,
+                        num_labels=4),
     "ALBERT": _text("AlbertForSequenceClassification", embedding_size=8, num_labels=4),
     "ELECTRA": _text("ElectraForSequenceClassification", embedding_size=8, num_labels=4),
     "DeBERTa-v2": _text("DebertaV2ForSequenceClassification", num_labels=4, relative_attention=True,

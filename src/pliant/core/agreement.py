@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pliant.core.channels import Carrier
 from pliant.core.inputs import Input, call, evaluating, map_tensors, predictions, removing, step_by_step, tensors_in
 from pliant.core.labels import is_linear_1d
 
+# Operations that put other numbers beside those of a channel, and over how many dimensions the unpooling ones do.
+_UNPOOLING = {"max_unpool2d": 2, "max_unpool3d": 3}
 _TOLERANCE = 2e-3  # of the largest number in the output; exchanged channels are off by a hundred times as much
 Run = Callable[[nn.Module, Input], Any]
 
@@ -132,6 +135,7 @@ class Agreement:
                 for dim in range(2, weight.ndim):
                     stack.enter_context(_overwritten(weight, dim, border, 0.0))
             stack.enter_context(removing(handles))
+            stack.enter_context(_FilledIn())  # type: ignore[no-untyped-call]
             yield
 
 
@@ -189,6 +193,24 @@ def _shaken(model: nn.Module) -> nn.Module:
             mean.add_(0.1 * noise(mean))
             var.mul_(1 + 0.3 * torch.tanh(noise(var)))
     return full
+
+
+class _FilledIn(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What is put around or between the numbers of a channel is gone where the channel is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name not in _UNPOOLING and name != "constant_pad_nd":
+            return out
+        x: Tensor = args[0]
+        number = _UNPOOLING[name] if name in _UNPOOLING else len(args[1]) // 2
+        if not x.is_floating_point() or not number:
+            return out
+        gone = x.isnan()
+        for dim in range(-number, 0):
+            gone = gone.all(dim=dim, keepdim=True)
+        return torch.where(gone, float("nan"), out)
 
 
 def _read_zero(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -379,7 +379,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, module: nn.Module, side: str, labels: Tensor | Ids) -> None:
         """Position p of a side of a layer carries ``labels[p]``."""
-        found = labels if isinstance(labels, np.ndarray) else as_ids(labels)
+        found = np.abs(labels if isinstance(labels, np.ndarray) else as_ids(labels))  # constants too
         carrier = Carrier(self.names[id(module)], side)
         if carrier in self.sides:
             self.tie(self.sides[carrier], found)

@@ -241,7 +241,7 @@ _MIX = _words(
     kthvalue"""
 )
 _SPATIAL = re.compile(
-    r"_?(?:adaptive_avg_pool|adaptive_max_pool|avg_pool|max_pool|fractional_max_pool|upsample_\D+)(\d)d.*"
+    r"_?(?:adaptive_avg_pool|adaptive_max_pool|avg_pool|max_pool|fractional_max_pool|max_unpool|upsample_\D+)(\d)d.*"
 )
 _BATCH_NORM = _words(
     """native_batch_norm cudnn_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
@@ -283,6 +283,9 @@ def follow(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) ->
     elif spatial is not None:
         n = int(spatial.group(1))
         top = t.reduced(t.of(tensors[0]), list(range(-n, 0)), f"{base.strip('_')} over them in {t.place()}")
+        if base.startswith("fractional"):  # each channel is pooled at places of its own
+            samples = t.of(tensors[-1])
+            t.tie(samples, top.reshape(-1, top.shape[-n - 1], 1)[:1].expand(samples.shape))
         for y in outputs:
             t.put(y, top)
     elif base in ("bmm", "mm", "addmm", "baddbmm", "matmul"):
@@ -332,6 +335,18 @@ def follow(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) ->
     elif base == "glu":
         first, second = t.of(args[0]).chunk(2, argument(func, args, kwargs, "dim", -1))
         t.put(out, t.join(first, second, ""))
+    elif base == "col2im":
+        _fold(t, args, out)
+    elif base in ("_embedding_bag", "_embedding_bag_forward_only"):
+        for x in tensors[1:]:
+            t.freeze(t.of(x), f"they are indices or weights of an embedding bag in {t.place()}")
+        made = t.new(args[0].shape[-1])
+        t.tie(t.side(t.of(args[0]), -1)[1], made)
+        t.put(outputs[0], made)
+        for y in outputs[1:]:
+            t.put(y, float(WHOLE))
+    elif base == "_trilinear" and t.is_bare(t.of(args[1])):
+        _bilinear(t, args, out)
     elif torch.Tag.pointwise in func.tags or base in ("_prelu_kernel", "lerp", "where"):
         labels = t.of(tensors[0])
         for x in tensors[1:]:
@@ -418,6 +433,25 @@ def _note_parts(t: Tracer, before: Tensor, after: Tensor) -> None:
     if len(dims) == 2:
         others = [d for d in range(after.ndim) if d not in dims]
         t.part(extremes(after, others)[0].squeeze(others) if others else after)
+
+
+def _fold(t: Tracer, args: Any, out: Tensor) -> None:
+    """Sliding blocks are added up: k consecutive positions hold the places of one channel's kernel."""
+    _, read = t.side(t.of(args[0]), -2)
+    blocks = read.reshape(-1, math.prod(args[2]))
+    top = blocks.amax(1, keepdim=True)
+    t.tie(blocks, top.expand_as(blocks))
+    t.put(out, top.reshape(-1, 1, 1))
+
+
+def _bilinear(t: Tracer, args: Any, out: Tensor) -> None:
+    """x^T W_j y for each output j: the outputs can be cut; what goes in keeps its number."""
+    first, weight, second = (t.of(x) for x in args[:3])
+    for labels in (first, second):
+        t.freeze(labels, f"they enter a bilinear product in {t.place()}")
+    made = t.new(len(weight))
+    t.tie(weight, made[:, None, None].expand_as(weight))
+    t.put(out, made)
 
 
 def _scatter(t: Tracer, base: str, args: Any, kwargs: Any, out: Any) -> None:
