@@ -27,8 +27,8 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pliant.core.flops import Product, formula_of, is_free, tensors_in
-from pliant.core.inputs import Input, call, evaluating, rows_of
+from pliant.core.flops import Product, formula_of, is_free
+from pliant.core.inputs import Input, call, evaluating, rows_of, tensors_in
 
 # An unknown operator on tensors of at most this many numbers in all is not worth a warning.
 SMALL = 1024

@@ -14,7 +14,7 @@ two activations are multiplied; the weight is what the second sum of ``Flops`` l
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import log2, prod
 from typing import Any
@@ -572,12 +572,3 @@ def is_free(operator: Any) -> bool:
         or any(tag in operator.tags for tag in _FREE_TAGS)
         or bool(_FREE.search(name))
     )
-
-
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments of an operator."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_in(value)

@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from pliant.core.experts import Dispatch, Experts, combine, dispatch
 from pliant.core.inputs import Input, call, evaluating, removing
+from pliant.core.labels import is_linear_1d
 
 Kind = Literal["layer", "experts", "factor"]
 
@@ -105,12 +106,7 @@ def is_matrix(module: nn.Module) -> bool:
     """Whether ``matrix`` knows this layer."""
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the Conv1D of transformers: known by its shape, since transformers need not be there."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+    return isinstance(module, nn.Linear) or is_linear_1d(module)
 
 
 def matrix(module: nn.Module) -> Tensor:
@@ -122,14 +118,14 @@ def matrix(module: nn.Module) -> Tensor:
     if not is_matrix(module):
         raise TypeError(f"layer: {module} is not a Linear, a Conv1D, or a Conv2d of one group padded with zeros")
     weight = cast(Tensor, module.weight).detach()
-    return weight.t() if is_conv1d(module) else weight.flatten(1)
+    return weight.t() if is_linear_1d(module) else weight.flatten(1)
 
 
 @torch.no_grad()
 def write_matrix(module: nn.Module, value: Tensor) -> None:
     """Put ``value`` (O, I) into the layer's weight, in place; what ``matrix`` reads."""
     weight = cast(Tensor, module.weight)
-    weight.copy_(value.t() if is_conv1d(module) else value.reshape(weight.shape))
+    weight.copy_(value.t() if is_linear_1d(module) else value.reshape(weight.shape))
 
 
 # -- stacked experts ------------------------------------------------------------------------------------------------
@@ -394,7 +390,7 @@ def matrices(model: nn.Module, example: Input) -> list[Matrix]:
                     "" if is_matrix(module) else f"{type(module).__name__} is no Conv2d of one group padded with zeros"
                 )
                 found.setdefault(id(p), Matrix(name, module, unobserved=why))
-            elif attribute == "weight" and is_conv1d(module):
+            elif attribute == "weight" and is_linear_1d(module):
                 found.setdefault(id(p), Matrix(name, module))
             elif bank is not None and attribute in (*bank.reads, bank.down):
                 found.setdefault(id(p), Matrix(name, module, attribute, "experts", bank.transposed))
