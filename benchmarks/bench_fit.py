@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pliant._version import __version__
 from pliant.core.dynamic import Dynamic, Point, Value
-from pliant.core.inputs import Batch, cross_entropy
+from pliant.core.inputs import Batch
+from pliant.core.objective import cross_entropy
 from pliant.core.training import fit
 from pliant.tasks import images
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pliant.core.cost import flops_per_sample, time_ratio
-from pliant.core.inputs import cross_entropy
+from pliant.core.objective import cross_entropy
 from pliant.sparsity.pruning_adapters import PruningAdapters
 from pliant.tasks.images import SmallResNet
 from tables import write

@@ -83,7 +83,7 @@ class SortedNet(Dynamic):
         divisor: kept channels are multiples of this where the sizes allow.
         stacks: names of the block lists that depth cuts; found by themselves where None.
         seed: of the sampler. Draw number n depends on (seed, n) alone, so all ranks of a parallel run draw alike.
-        criterion: ``criterion(logits, target)``; cross entropy by default.
+        criterion: ``criterion(output, target)``; cross entropy by default.
 
     Shapes: whatever the model takes and returns.
 

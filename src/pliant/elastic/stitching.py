@@ -623,7 +623,7 @@ class StitchNet(Dynamic):
         calibration_batches: batches that ``finish`` estimates BatchNorm statistics on.
         seed: of the layers' random start and of the sampler. Draw number n is a function of (seed, n), so
             that all ranks of a parallel run draw alike.
-        criterion: ``criterion(logits, target)``; cross entropy by default.
+        criterion: ``criterion(output, target)``; cross entropy by default.
 
     Shapes: the anchors' inputs, and their prediction tensor (N, C, ...).
 

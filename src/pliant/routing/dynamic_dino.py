@@ -339,7 +339,7 @@ class DynamicDINO(Dynamic):
         router_start: "replicated" rows, or "random" ones, which break the equality at the start (a control).
         expert_start: "allocated" weights, or "random" ones (a control).
         backend: how experts run, see ``core.experts``; "auto" until ``tune`` is the loop.
-        criterion: ``criterion(logits, target)`` for batches (input, target); cross entropy where it is None. A mapping
+        criterion: ``criterion(output, target)`` for batches (input, target); cross entropy where it is None. A mapping
             with "labels" is given to the model, and its own loss taken.
         seed: of the centroids.
 

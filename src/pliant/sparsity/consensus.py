@@ -318,7 +318,7 @@ class Consensus(Dynamic):
             None: never.
         min_agreement: ``extract`` refuses below this agreement.
         seed: of the heads' initial weights.
-        criterion: ``criterion(logits, target)``; cross entropy where it is None.
+        criterion: ``criterion(output, target)``; cross entropy where it is None.
 
     Raises:
         ValueError: an argument is outside what is allowed, or there is nothing to gate.

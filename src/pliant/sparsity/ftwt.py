@@ -693,7 +693,7 @@ class FTWT(Dynamic):
         execution: in evaluation mode: "grouped" (identical masks together), "union" (``groups`` of like masks),
             "masked" (dense, saves nothing), or "auto": what ``tune`` found fastest, masked until then.
         groups: number of groups of "union".
-        criterion: ``criterion(logits, target)``; cross entropy where it is None.
+        criterion: ``criterion(output, target)``; cross entropy where it is None.
         seed: of the heads' first weights.
 
     Raises:

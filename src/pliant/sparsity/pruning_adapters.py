@@ -301,7 +301,7 @@ class PruningAdapters(Dynamic):
         prototype_rank: rho of SPLoPA.
         task: name of the first task.
         seed: of the adapters' initial values.
-        criterion: ``criterion(logits, target)``; cross entropy where it is None.
+        criterion: ``criterion(output, target)``; cross entropy where it is None.
 
     Raises:
         ValueError: an argument is outside what is allowed, or a layer cannot carry the adapter; the message names it.

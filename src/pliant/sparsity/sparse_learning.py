@@ -184,7 +184,7 @@ class SparseLearning(Dynamic):
             optimizer.step()
 
     A model with a method ``loss(batch)`` trains by it, on whatever batches it takes; otherwise the loss is
-    ``criterion(logits, target)`` of batches (input, target).
+    ``criterion(output, target)`` of batches (input, target).
 
     Args:
         model: your own network; it is wrapped, not copied, and its masked tensors get their zeros at once.
@@ -206,7 +206,7 @@ class SparseLearning(Dynamic):
         init: "exact" counts, drawn by a permutation; "bernoulli", each entry with probability D; "global", the largest
             |theta| of all masked tensors together (of a trained network: magnitude pruning).
         explore: False keeps the first mask: static sparse training.
-        criterion: ``criterion(logits, target)``, in place of the model's own loss; cross entropy by default.
+        criterion: ``criterion(output, target)``, in place of the model's own loss; cross entropy by default.
         seed: of the first mask, and of the random choices when growing.
 
     Raises:

@@ -472,7 +472,7 @@ class WeightCompander(Dynamic):
         exclude: names of modules that are left alone.
         decay_on: weight decay acts on "v", or on "w" by a term of the loss.
         hyper_lr_factor: learning rate of log a and log b as a share of the rest's.
-        criterion: ``criterion(logits, target)``; cross entropy by default.
+        criterion: ``criterion(output, target)``; cross entropy by default.
     """
 
     def __init__(

@@ -132,7 +132,7 @@ class SelfExpanding(Dynamic):
         score_data: a batch to score instead, such as the first 512 training images.
         exclude: names of modules (fnmatch patterns) that must not be touched.
         seed: of the proposals; those of check number n are a function of (seed, n).
-        criterion: ``criterion(logits, target)``: a mean over samples, or one loss for each; cross entropy by default.
+        criterion: ``criterion(output, target)``: a mean over samples, or one loss for each; cross entropy by default.
 
     Shapes: whatever the model takes and returns.
 
