@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -14,6 +16,8 @@ pytest.importorskip("transformers")
 import accepts  # noqa: E402
 import layers  # noqa: E402
 from families import FAMILIES  # noqa: E402
+
+from pliant.core.slicing import Slicing  # noqa: E402
 
 # Layers through which channels are not cut as they stand: everything else must be cut through.
 BOTH = {
@@ -42,7 +46,7 @@ WHOLE = {
     "Unflatten": "fix their number",
 }
 COUNTED = ("Linear", "Conv", "Bilinear", "MultiheadAttention", "Transformer", "RNN", "LSTM", "GRU")
-FAST = ("DistilBERT", "GPT-2", "Llama", "ViT", "ConvNeXt", "ResNet", "OPT", "RegNet")
+FAST = ("DistilBERT", "GPT-2", "Llama", "ViT", "ConvNeXt", "ResNet", "OPT", "Qwen2")
 
 
 def status_of(name: str) -> str:
@@ -86,6 +90,39 @@ def test_every_family(name: str) -> None:
     assert not row.refused
     assert row.groups
     assert row.unknown == ()
+
+
+class Queries(nn.Module):
+    """The stream starts as zeros of the size of a stored embedding, which a layer reads: as in the decoder of DETR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Embedding(5, 8)
+        self.read, self.value, self.out, self.head = (nn.Linear(i, o) for i, o in ((4, 8), (8, 6), (6, 8), (8, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.places.weight
+        stream = torch.zeros_like(places)
+        stream = stream + self.out(torch.tanh(self.value(stream)))
+        return self.head(stream + places + self.read(x)[:, None])
+
+
+class Border(nn.Module):
+    """What is put around a channel is gone with the channel, also where the next function makes something of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(torch.sigmoid(nn.functional.pad(self.make(x), (1, 1, 1, 1))))
+
+
+@pytest.mark.parametrize("make", [Queries, Border])
+def test_constants_follow_the_channels_that_they_meet(make: type[nn.Module]) -> None:
+    slicing = Slicing(make(), torch.randn(2, 4) if make is Queries else torch.randn(2, 3, 5, 5))
+    assert not slicing.whole
+    assert {g.channels for g in slicing.groups} == ({8, 6} if make is Queries else {8})
 
 
 def test_the_page_is_complete() -> None:
