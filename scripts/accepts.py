@@ -273,7 +273,6 @@ def _train_model(row: ModelRow, name: str, slicing: Slicing) -> None:
     checkpointed = bool(getattr(again, "supports_gradient_checkpointing", False))
     if checkpointed:
         again.activation_checkpointing_enable()  # type: ignore[operator]
-        again.disable_input_require_grads()  # type: ignore[operator]  # handles of hooks cannot be copied twice
     with tempfile.TemporaryDirectory() as folder, _quiet():
         pliant.save(net, Path(folder) / "net")
         loaded: Any = pliant.load(Path(folder) / "net", model=again, example=x, criterion=_criterion)

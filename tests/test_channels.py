@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Callable
@@ -466,6 +467,8 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
             model = transformers.ViTForImageClassification(config)
             if checkpointing:
                 model.gradient_checkpointing_enable()
+                model._require_grads_hooks = [model.register_forward_hook(lambda m, a, o: None)]
+                model = copy.deepcopy(model)  # such handles cannot be copied twice
             net = wrap(model).train()
             net.loss((x, y)).backward()
             gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -495,3 +498,16 @@ def test_a_dial_under_torch_compile() -> None:
         for point in dial.points():
             dial.use(point)
             assert torch.allclose(compiled(ROWS), dial(ROWS), atol=1e-6)
+
+
+def test_bags_and_bilinear_layers_know_their_new_width() -> None:
+    net = Net(lambda n, ids: n.c(n.pair(n.bag(ids), n.bag(ids)).relu()),
+              bag=nn.EmbeddingBag(10, 8), pair=nn.Bilinear(8, 8, 6), c=nn.Linear(6, 3))  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        slicing = assert_right(net, torch.randint(0, 10, (3, 5)))
+    small = slicing.subnetwork(0.5).extract(net)
+    assert small.pair.out_features == len(small.pair.weight) == 3
+    alone = Net(lambda n, ids: n.c(n.bag(ids)), bag=nn.EmbeddingBag(10, 8), c=nn.Linear(8, 3))
+    small = assert_right(alone, torch.randint(0, 10, (3, 5))).subnetwork(0.5).extract(alone)
+    assert small.bag.embedding_dim == small.bag.weight.shape[1] == 4

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from pliant.core.channels import Carrier
 from pliant.core.inputs import Input, call, evaluating, map_tensors, predictions, removing, step_by_step, tensors_in
@@ -166,7 +167,9 @@ def _shaken(model: nn.Module) -> nn.Module:
     for p in held:
         p.grad = None
     try:
-        full = copy.deepcopy(model)
+        handles = [v for m in model.modules() for held in vars(m).values() if isinstance(held, list) for v in held]
+        # A handle of a hook cannot be copied: it stays itself.
+        full = copy.deepcopy(model, {id(v): v for v in handles if isinstance(v, RemovableHandle)})
     finally:
         for p, gradient in held.items():
             p.grad = gradient

@@ -53,26 +53,26 @@ def predictions(output: Any) -> dict[str, Tensor]:
     Raises:
         TypeError: there is none.
     """
-    found: dict[str, Tensor] = {}
-
-    def collect(value: Any, place: str) -> None:
-        if isinstance(value, Tensor):
-            found[place] = value
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                state = key in _BESIDE or (key == "last_hidden_state" and "logits" in value)
-                if not state and (isinstance(item, Tensor) or "logits" not in value):
-                    collect(item, f"{place}.{key}" if place else str(key))
-        elif isinstance(value, tuple | list):
-            for i, item in enumerate(value):
-                collect(item, f"{place}[{i}]")
-        elif isinstance(getattr(value, "logits", None), Tensor):
-            found[f"{place}.logits" if place else "logits"] = value.logits
-
-    collect(output, "")
+    found = dict(_predictions(output, ""))
     if not found:
         raise TypeError(f"model: its forward returned {type(output).__name__} without any tensor in it")
     return found
+
+
+def _predictions(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    # No function inside a function: one that calls itself is a cycle, which would keep the graph of every step alive.
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            state = key in _BESIDE or (key == "last_hidden_state" and "logits" in value)
+            if not state and (isinstance(item, Tensor) or "logits" not in value):
+                yield from _predictions(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, tuple | list):
+        for i, item in enumerate(value):
+            yield from _predictions(item, f"{place}[{i}]")
+    elif isinstance(getattr(value, "logits", None), Tensor):
+        yield f"{place}.logits" if place else "logits", value.logits
 
 
 def logits(output: Any) -> Tensor:

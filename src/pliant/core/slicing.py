@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.hooks import RemovableHandle
 
 from pliant.core.agreement import Agreement
 from pliant.core.channels import Carrier, Channels, Reading, is_output, read_channels
@@ -610,7 +611,8 @@ class Slicing:
                         continue
                     values = value if isinstance(value, tuple | list) and value else [value]
                     width = len(member.positions)
-                    sizes = {width, width // 2, width // 3, group.channels, group.units} - {0, 1}
+                    pieces = {width // n for n in (2, 3) if width % n == 0}
+                    sizes = {width, group.channels, group.units, *pieces} - {1}
                     if all(type(v) is int and v in sizes for v in values):
                         found[owner, attribute] = value
         return found
@@ -693,7 +695,11 @@ class Slicing:
         for carrier, gone in self._gone(sizes).items():
             if carrier.side == "parameter":
                 size = _tensor(self.model, carrier.name).shape[carrier.dim]
-                cuts.setdefault(carrier.name, {})[carrier.dim] = _runs(size, gone)
+                cuts.setdefault(carrier.name, {})[carrier.dim] = runs = _runs(size, gone)
+                holder = _submodule(skeleton, carrier.name.rpartition(".")[0])
+                kind = next((k for k in _WIDTHS if isinstance(holder, k)), None)
+                if kind is not None and getattr(holder, _WIDTHS[kind]) == size:
+                    setattr(holder, _WIDTHS[kind], _length(runs))
             else:
                 by_module.setdefault(carrier.name, {})[carrier.side] = gone
         for module_name, gone_by_side in by_module.items():
@@ -804,6 +810,7 @@ class Slicing:
 
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
 _EXCLUDED = "excluded"
+_WIDTHS: dict[type[nn.Module], str] = {nn.EmbeddingBag: "embedding_dim", nn.Bilinear: "out_features"}
 _PREFIXES: tuple[Callable[[int], int], ...] = (lambda units: 1, lambda units: max(1, units - 1))  # kept units to try
 _ONE_UNIT = "all its channels form one unit, which has to stay"
 
@@ -949,7 +956,7 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 
 _BASE = frozenset(nn.Module().__dict__)  # the dictionaries that every module keeps
-_SHARED = (int, float, str, bool, type(None), torch.dtype, torch.device)
+_SHARED = (int, float, str, bool, type(None), torch.dtype, torch.device, RemovableHandle)
 
 
 def _copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -966,6 +973,8 @@ def _copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             held[name] = value.copy() if isinstance(value, dict | set) else value
         elif isinstance(value, _SHARED) or (isinstance(value, tuple) and all(isinstance(v, _SHARED) for v in value)):
             held[name] = value
+        elif isinstance(value, list) and any(isinstance(v, RemovableHandle) for v in value):
+            held[name] = list(value)  # a handle cannot be copied
     for name, tensors in (("_parameters", module._parameters), ("_buffers", module._buffers)):
         held[name] = {k: None if t is None else memo[id(t)] for k, t in tensors.items()}
     held["_modules"] = {k: None if m is None else _copy_of(m, memo) for k, m in module._modules.items()}
