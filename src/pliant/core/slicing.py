@@ -544,53 +544,48 @@ class Slicing:
         return list(dict.fromkeys(made))
 
     def _wrong(self) -> dict[str, str]:
-        """The groups that do not shrink to what they should, and why; ``self.groups`` are the others."""
+        """The groups that do not shrink to what they should, and why; ``self.groups`` are the others.
+
+        The same trials are run on all groups, on halves, and so on down to single ones, until those are found that
+        fail by themselves; those that fail only beside others go in the order of the groups. Then new trials are drawn.
+        """
         generator = torch.Generator().manual_seed(0)
-
-        def together(groups: Sequence[Group]) -> str | None:
-            trials: list[dict[str, Any]] = [
-                {g.name: n * g.bundle for g in groups for n in (k(g.units),)} for k in _PREFIXES
-            ]
-            trials += [{g.name: _drawn(g, generator) for g in groups} for _ in range(2)]
-            return next((problem for sizes in trials if (problem := self.check(sizes)) is not None), None)
-
-        def search(groups: Sequence[Group]) -> dict[str, str]:
-            problem = together(groups)
-            if problem is None:
-                return {}
-            if len(groups) == 1:
-                problem = self._problem_of(groups[0], generator)
-                return {} if problem is None else {groups[0].name: problem}
-            half = len(groups) // 2
-            return search(groups[:half]) | search(groups[half:])
-
         wrong: dict[str, str] = {}
         while self.groups:
+            trials: list[dict[str, Any]] = [{g.name: k(g.units) * g.bundle for g in self.groups} for k in _PREFIXES]
+            trials += [{g.name: _drawn(g, generator) for g in self.groups} for _ in range(3)]
+
+            def problem(groups: Sequence[Group], trials: list[dict[str, Any]] = trials) -> str | None:
+                found = (self.check({g.name: sizes[g.name] for g in groups}) for sizes in trials)
+                return next((p for p in found if p is not None), None)
+
+            def search(groups: Sequence[Group], problem: Callable[..., str | None] = problem) -> dict[str, str]:
+                if problem(groups) is None:
+                    return {}
+                if len(groups) == 1:
+                    why = self._unless_adapted(groups[0], lambda: problem(groups))
+                    return {} if why is None else {groups[0].name: why}
+                half = len(groups) // 2
+                return search(groups[:half]) | search(groups[half:])
+
             found = search(self.groups)
-            if not found and (problem := together(self.groups)) is not None:
-                good: list[Group] = []  # only together: those that spoil the ones before them go
-                for g in self.groups:
-                    if together([*good, g]) is None:
+            if not found:
+                good: list[Group] = []
+                for g in self.groups if problem(self.groups) is not None else ():
+                    why = problem([*good, g])
+                    if why is None:
                         good.append(g)
                     else:
-                        found[g.name] = problem
-            if not found:
-                break
+                        found[g.name] = why
+                if not found:
+                    break
             wrong |= found
             self.groups = [g for g in self.groups if g.name not in wrong]
         return wrong
 
-    def _problem_of(self, group: Group, generator: torch.Generator) -> str | None:
-        """What is wrong with the group cut alone, also with the numbers that modules keep beside their weights."""
-        trials: list[int | set[int]] = [_drawn(group, generator), *(k(group.units) * group.bundle for k in _PREFIXES)]
-
-        def problem() -> str | None:
-            found = (self.check({group.name: kept}) for kept in trials)
-            return next((p for p in found if p is not None), None)
-
+    def _unless_adapted(self, group: Group, problem: Callable[[], str | None]) -> str | None:
+        """What is wrong with a group, unless it is right with the numbers that modules keep beside their weights."""
         before, first = dict(group.attributes), problem()
-        if first is None:
-            return None
         for nearest in (True, False):
             group.attributes = before | self._numbers(group, nearest)
             if group.attributes != before and problem() is None:
@@ -811,8 +806,12 @@ class Slicing:
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
 _EXCLUDED = "excluded"
 _WIDTHS: dict[type[nn.Module], str] = {nn.EmbeddingBag: "embedding_dim", nn.Bilinear: "out_features"}
-_PREFIXES: tuple[Callable[[int], int], ...] = (lambda units: 1, lambda units: max(1, units - 1))  # kept units to try
-_ONE_UNIT = "all its channels form one unit, which has to stay"
+# Kept units of the trials in which a group keeps its first ones.
+_PREFIXES: tuple[Callable[[int], int], ...] = (
+    lambda units: 1,
+    lambda units: (units + 1) // 2,
+    lambda units: max(1, units - 1),
+)
 
 
 def can_crop(module: nn.Module, size: int) -> bool:
@@ -1084,9 +1083,12 @@ def _ranks(channels: Ids) -> Ids:
 
 
 def _drawn(group: Group, generator: torch.Generator) -> set[int]:
-    """Some whole units of a group, drawn."""
-    count = int(torch.randint(1, group.units, (), generator=generator)) if group.units > 1 else 1
-    units = torch.randperm(group.units, generator=generator)[:count].tolist()
+    """Whole units of a group, each with an even chance; one at least, and one at least less than all."""
+    chosen = torch.rand(group.units, generator=generator) < 0.5
+    first, last = torch.randperm(group.units, generator=generator)[[0, -1]].tolist()
+    chosen[last] = False
+    chosen[first] = True
+    units = chosen.nonzero().flatten().tolist()
     return {u * group.bundle + i for u in units for i in range(group.bundle)}
 
 

@@ -29,7 +29,7 @@ New inputs a_p (n, D_p) to layer l, whose present ones are a_c:
     Delta' = Tr(S^-1 E[r a_p'] A_p^-1 E[a_p r'])        lower bound, SENN theorem 3.2   ``increase_bound``
     Delta  = the same with A_p - A_pc A_c^-1 A_cp for A_p: the exact increase          ``increase_exact``
 
-What is proposed: for each coupled set of channels (found in the dependency graph of your own network) ``proposals``
+What is proposed: for each coupled set of channels (read off your own network, see ``core/channels``) ``proposals``
 sets of ``units`` units, whose incoming weights are optimised on Delta' (``init="optimized"``: Adam; ``"mala"``:
 Metropolis adjusted Langevin steps, as SENN does), or drawn (``"random"``; ``"noise"``: SECNN). And layers: an identity
 in front of a layer (``identity="dirac"``), or, for a Linear y = W x + b, SENN's split: W1 x, a rational unit that

@@ -1,6 +1,6 @@
 """Surgery on a network that lives: where it can grow, and how it grows without changing its function.
 
-A *site* is a set of coupled channels, found in the dependency graph of the network: who makes them, who normalises
+A *site* is a set of coupled channels that ``core/slicing`` has read off the network: who makes them, who normalises
 them, who reads them. New channels are *gaps* in the tensors of its modules, which *edits* name; they are filled with
 zeros (weights) or neutral values (norms). A new layer is a unit that computes the identity. Parameters stay the same
 objects, and the state of the optimiser grows with them.
