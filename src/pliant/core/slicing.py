@@ -806,6 +806,7 @@ class Slicing:
 _INNER_WIDTHS = ("all_head_size", "inner_dim", "attn_dim", "embed_dim")
 _EXCLUDED = "excluded"
 _WIDTHS: dict[type[nn.Module], str] = {nn.EmbeddingBag: "embedding_dim", nn.Bilinear: "out_features"}
+_ONE_UNIT = "all its channels form one unit, which has to stay"
 # Kept units of the trials in which a group keeps its first ones.
 _PREFIXES: tuple[Callable[[int], int], ...] = (
     lambda units: 1,
