@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pliant.core.inputs import call, logits
-from pliant.core.slicing import Slicing, SubNetwork, kept
+from pliant.core.slicing import Slicing, kept
 from pliant.core.stacks import find_stacks
+from pliant.core.subnetwork import SubNetwork
 from pliant.tasks.images import ResidualBlock, SmallResNet
 
 WIDTHS = (0.05, 0.25, 0.5, 0.75, 1.0)

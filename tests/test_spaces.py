@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pliant.core.cost import flops_per_sample
+from pliant.core.cuts import can_crop
 from pliant.core.dynamic import Point
 from pliant.core.feeds import Feeds
-from pliant.core.slicing import Slicing, can_crop, make_divisible
+from pliant.core.slicing import Slicing, make_divisible
 from pliant.core.spaces import Axes, Coordinate, Space
 from pliant.tasks.images import ResidualBlock, SmallResNet
 

@@ -20,32 +20,26 @@ numbers, bit for bit.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.hooks import RemovableHandle
 
 from pliant.core.agreement import Agreement
 from pliant.core.channels import Carrier, Channels, Reading, is_output, read_channels
-from pliant.core.configs import fitted_config
-from pliant.core.inputs import Input, call, check_example, device_of, take, to_device
+from pliant.core.cuts import Cuts, crop, length_of, module_cuts, runs_of
+from pliant.core.inputs import Input, check_example, take
 from pliant.core.labels import HEADS, PER_HEAD, Ids, is_linear_1d
 from pliant.core.stacks import find_stacks
-
-Runs = tuple[tuple[int, int], ...]  # kept positions along one dimension, as (start, length) pieces
-Cuts = dict[int, Runs]  # by dimension
+from pliant.core.subnetwork import SubNetwork, hollow
 
 
 def kept(channels: int, width: float, units: int | None = None) -> int:
@@ -100,181 +94,6 @@ class Group:
 
     def __repr__(self) -> str:
         return f"Group({self.name}, {self.channels} channels in {self.units} units, {len(self.members)} members)"
-
-
-@dataclass(frozen=True)
-class SubNetwork:
-    """A skeleton and the cuts that give it its weights."""
-
-    skeleton: nn.Module
-    cuts: Mapping[str, Cuts]
-    example: Input | None = field(default=None, compare=False, repr=False)
-    _config: tuple[Any] | None = field(default=None, compare=False, repr=False)  # of a model of transformers
-
-    @cached_property
-    def _places(self) -> list[tuple[list[str], list[tuple[str, str]]]]:
-        """Where the skeleton's tensors live: (path of the module, [(full name, name in the module)])."""
-        places: dict[str, list[tuple[str, str]]] = {}
-        for name in _tensors(self.skeleton):
-            path, _, leaf = name.rpartition(".")
-            places.setdefault(path, []).append((name, leaf))
-        return [(path.split(".") if path else [], leaves) for path, leaves in places.items()]
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules of the skeleton by name, shared ones under each of theirs."""
-        return dict(self.skeleton.named_modules(remove_duplicate=False))
-
-    def views(self, model: nn.Module) -> dict[str, Tensor]:
-        """Every parameter and buffer that the skeleton needs, as views on those of the full ``model``.
-
-        A leading range is a view. Two exceptions copy one tensor at a time: where the kept positions are several
-        pieces (behind a concatenation, in the joined projection of ``nn.MultiheadAttention``) they are joined; and in
-        evaluation mode a matrix that lost columns is made contiguous, because the product of a strided matrix with a
-        single row takes another kernel on CPU and differs in the last bit (convolutions and training do not need it).
-        """
-        full = _lookup(model, self._places)
-        # Views require a gradient where their parameter does, also under no_grad: ``torch.matmul`` looks at that flag
-        # when it chooses a kernel, and would otherwise differ from the extracted network in the last bit.
-        with torch.enable_grad():
-            views = {name: _cut(t, self.cuts[name]) if name in self.cuts else t for name, t in full.items()}
-            if not self.skeleton.training:
-                views.update({name: v.contiguous() for name, v in views.items() if v.ndim == 2})
-        return views
-
-    def run(self, model: nn.Module, x: Input, replace: Mapping[str, Tensor] | None = None) -> Any:
-        """The skeleton's output on ``x`` with views on ``model``'s weights; ``replace`` overrides some tensors.
-
-        The views stay in the skeleton until the next run: activation checkpointing runs it again during backward.
-        """
-        tensors = self.views(model)
-        tensors.update(replace or {})
-        if torch.compiler.is_compiling():  # which follows no changes of a module's parameters
-            args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
-            kwargs = dict(x) if isinstance(x, Mapping) else {}
-            return functional_call(self.skeleton, tensors, args, kwargs, tie_weights=False)
-        _put(self.modules, tensors)
-        return call(self.skeleton, x)
-
-    def set_mode(self, model: nn.Module, training: bool = True) -> None:
-        """Training or evaluation mode; what is in evaluation mode in ``model`` stays so (frozen normalisation)."""
-        self.skeleton.train(training)
-        if training:
-            full = dict(model.named_modules(remove_duplicate=False))
-            for name, module in self.modules.items():
-                if name in full:
-                    module.training = module.training and full[name].training
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SubNetwork:
-        return SubNetwork(_skeleton(self.skeleton), copy.deepcopy(self.cuts, memo), self.example)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (SubNetwork, (_skeleton(self.skeleton), self.cuts, self.example))
-
-    def infer(
-        self, model: nn.Module, x: Input, replace: Callable[[], Mapping[str, Tensor]] = dict, key: object = None
-    ) -> Any:
-        """``run`` in evaluation mode, for many calls without gradients: views stay in place from one to the next.
-
-        A view shows its parameter as it is now, whoever changed it and how; what has to be copied (see ``views``) is
-        copied anew for each call. Everything is put in place again when a parameter was moved or replaced.
-
-        Args:
-            model: the full network.
-            x: an input.
-            replace: tensors that override some, asked for when they are put in place; views, so that they stay right.
-            key: whatever tells that ``replace`` would give other tensors than last time.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.skeleton.training:
-            return self.run(model, x, replace())
-        full = _lookup(model, self._places)
-        # A tensor's place in memory tells that it was moved; inference mode makes tensors of another kind.
-        now = (key, torch.is_inference_mode_enabled(), *((id(t), t.data_ptr()) for t in full.values()))
-        mount = self._mount
-        if mount.network is None or mount.key != now:
-            mount.put(self, now, self.views(model), replace(), full)
-        if mount.copied:
-            with torch.enable_grad():
-                for owner, leaf, name in mount.copied:
-                    owner[leaf] = _cut(full[name], self.cuts[name]).contiguous()
-            _refresh(mount.network.modules())  # type: ignore[union-attr]
-        return call(mount.network, x)  # type: ignore[arg-type]
-
-    @cached_property
-    def twin(self) -> SubNetwork:
-        """The same sub-network with a skeleton of its own, for another mode at the same time."""
-        return SubNetwork(_skeleton(self.skeleton), self.cuts, self.example)
-
-    @cached_property
-    def _mount(self) -> _Mount:
-        return _Mount()
-
-    def extract(self, model: nn.Module, replace: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A plain network with contiguous copies of the weights, in evaluation mode. Tied weights stay tied.
-
-        A model of transformers gets a configuration that describes its new sizes.
-        """
-        network = _skeleton(self.skeleton)
-        full, views = _tensors(model), self.views(model)
-        views.update(replace or {})
-        made: dict[int, Tensor] = {}
-        for name, view in views.items():
-            path, _, leaf = name.rpartition(".")
-            owner = network.get_submodule(path)
-            if id(full[name]) not in made:
-                copied = view.detach().clone(memory_format=torch.contiguous_format)
-                source = full[name]
-                made[id(source)] = (
-                    nn.Parameter(copied, source.requires_grad) if isinstance(source, nn.Parameter) else copied
-                )
-            store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            store[leaf] = made[id(full[name])]
-        _refresh(network.modules())
-        network.eval()
-        if self._config is None and self.example is not None:
-            example = to_device(self.example, device_of(model))
-            object.__setattr__(self, "_config", (fitted_config(network, model, example),))
-        if self._config is not None and self._config[0] is not None:
-            _give_config(network, copy.deepcopy(self._config[0]))
-        return network
-
-
-class _Mount:
-    """A copy of a skeleton with the views in place of its parameters. Copies of it are empty."""
-
-    def __init__(self) -> None:
-        self.network: nn.Module | None = None
-        self.key: object = None
-        self.copied: list[tuple[dict[str, Any], str, str]] = []  # (tensors of a module, name there, full name)
-
-    def put(
-        self,
-        of: SubNetwork,
-        key: object,
-        views: Mapping[str, Tensor],
-        replaced: Mapping[str, Tensor],
-        full: Mapping[str, Tensor],
-    ) -> None:
-        """Build the network anew."""
-        held = {id(t): t for t in [*of.skeleton.parameters(), *of.skeleton.buffers()]}
-        self.network, self.key, self.copied = _copy_of(of.skeleton, held).eval(), key, []
-        for name, tensor in {**views, **replaced}.items():
-            path, _, leaf = name.rpartition(".")
-            owner = self.network.get_submodule(path)
-            tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            tensors[leaf] = tensor
-            own_memory = (
-                name in of.cuts and tensor.untyped_storage().data_ptr() != full[name].untyped_storage().data_ptr()
-            )
-            if own_memory and name not in replaced:
-                self.copied.append((tensors, leaf, name))
-        _refresh(self.network.modules())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Mount:
-        return _Mount()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_Mount, ())
 
 
 class NothingToCutError(ValueError):
@@ -680,7 +499,7 @@ class Slicing:
         A module of the model that has a method ``after_slicing()`` is called then, in the skeleton, so that it can
         leave out what its new sizes have no use for; ``adapt=False`` leaves it as it is.
         """
-        skeleton = _skeleton(self.model)
+        skeleton = hollow(self.model)
         for name, blocks in (depths or {}).items():
             if blocks < self.stacks[name]:
                 path, _, leaf = name.rpartition(".")
@@ -690,16 +509,16 @@ class Slicing:
         for carrier, gone in self._gone(sizes).items():
             if carrier.side == "parameter":
                 size = _tensor(self.model, carrier.name).shape[carrier.dim]
-                cuts.setdefault(carrier.name, {})[carrier.dim] = runs = _runs(size, gone)
+                cuts.setdefault(carrier.name, {})[carrier.dim] = runs = runs_of(size, gone)
                 holder = _submodule(skeleton, carrier.name.rpartition(".")[0])
                 kind = next((k for k in _WIDTHS if isinstance(holder, k)), None)
                 if kind is not None and getattr(holder, _WIDTHS[kind]) == size:
-                    setattr(holder, _WIDTHS[kind], _length(runs))
+                    setattr(holder, _WIDTHS[kind], length_of(runs))
             else:
                 by_module.setdefault(carrier.name, {})[carrier.side] = gone
         for module_name, gone_by_side in by_module.items():
             module = self.model.get_submodule(module_name)
-            found, attributes = _module_cuts(module, gone_by_side)
+            found, attributes = module_cuts(module, gone_by_side)
             for parameter_name, cut in found.items():
                 cuts[f"{module_name}.{parameter_name}" if module_name else parameter_name] = cut
             target = _submodule(skeleton, module_name)
@@ -707,7 +526,7 @@ class Slicing:
                 setattr(target, attribute, value)
         for name, size in (kernels or {}).items():
             cut = cuts.setdefault(f"{name}.weight", {})
-            _crop(self.model.get_submodule(name), _submodule(skeleton, name), size, cut)
+            crop(self.model.get_submodule(name), _submodule(skeleton, name), size, cut)
         for group in self.groups:
             units = len(self._stay(group, sizes.get(group.name, group.channels))) // group.bundle
             if units < group.units:
@@ -785,7 +604,7 @@ class Slicing:
             depthwise = isinstance(module, _ConvNd) and module.groups > 1
             if depthwise and m.side == "in":
                 continue  # the same dimension as its output side
-            for name, cut in _module_cuts(module, {m.side: set()})[0].items():
+            for name, cut in module_cuts(module, {m.side: set()})[0].items():
                 tensor: Tensor = getattr(module, name)
                 for dim in cut:
                     moves[id(tensor), dim, _reindex(m, order, tensor.shape[dim])] = tensor
@@ -815,32 +634,6 @@ _PREFIXES: tuple[Callable[[int], int], ...] = (
 )
 
 
-def can_crop(module: nn.Module, size: int) -> bool:
-    """Whether the filters of ``module`` can shrink to their central ``size`` with the output keeping its shape."""
-    if not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.padding_mode != "zeros":
-        return False
-    full = module.kernel_size[0]
-    if set(module.kernel_size) != {full} or size < 1 or size > full or (full - size) % 2:
-        return False
-    lost = [(full - size) // 2 * d for d in module.dilation]
-    return isinstance(module.padding, str) or all(p >= n for p, n in zip(module.padding, lost, strict=True))
-
-
-def _crop(module: nn.Module, target: nn.Module | None, size: int, cuts: Cuts) -> None:
-    """Cut the filters of ``module`` to their centre (in ``cuts``), and tell ``target``, its place in the skeleton."""
-    if not can_crop(module, size):
-        raise ValueError(f"kernels: {module} cannot be cropped to {size}")
-    assert isinstance(module, _ConvNd)
-    start = (module.kernel_size[0] - size) // 2
-    for dim in range(2, 2 + len(module.kernel_size)):
-        cuts[dim] = ((start, size),)
-    if target is not None:
-        target.kernel_size = (size,) * len(module.kernel_size)  # type: ignore[assignment]
-        if not isinstance(module.padding, str):
-            lost = [start * d for d in module.dilation]
-            target.padding = tuple(p - n for p, n in zip(module.padding, lost, strict=True))  # type: ignore[assignment]
-
-
 def _reindex(member: Member, order: Sequence[int], size: int) -> tuple[int, ...]:
     """Where each position of one dimension takes its values from when channels are put in ``order``."""
     places: dict[int, list[int]] = {}
@@ -851,180 +644,6 @@ def _reindex(member: Member, order: Sequence[int], size: int) -> tuple[int, ...]
         for to, source in zip(positions, places[order[channel]], strict=True):
             index[to] = source
     return tuple(index)
-
-
-def _module_cuts(module: nn.Module, gone: Mapping[str, set[int]]) -> tuple[dict[str, Cuts], dict[str, Any]]:
-    """Which parameters of ``module`` lose which positions, and the static sizes that it has then."""
-    if isinstance(module, _ConvNd | nn.Linear) or is_linear_1d(module):
-        transposed = isinstance(module, _ConvTransposeNd) or is_linear_1d(module)  # (in, out)
-        linear = not isinstance(module, _ConvNd)
-        outs, ins = ("out_features", "in_features") if linear else ("out_channels", "in_channels")
-        outs, ins = ("nf", "nx") if is_linear_1d(module) else (outs, ins)
-        groups: int = 1 if linear else module.groups  # type: ignore[assignment]
-        out_full, in_full = int(getattr(module, outs)), int(getattr(module, ins))
-        if groups > 1:
-            # The input and the output lose the same groups. In a depthwise convolution the two are the same channels.
-            out_gone, in_gone = gone.get("out", set()), gone.get("in", set())
-            if groups == in_full == out_full:
-                runs = _runs(groups, out_gone | in_gone)
-                size = _length(runs)
-                cuts = {"weight": {0: runs}, "bias": {0: runs}}
-                return _present(module, cuts), {outs: size, ins: size, "groups": size}
-            lost_groups = {p * groups // out_full for p in out_gone} | {p * groups // in_full for p in in_gone}
-            left = groups - len(lost_groups)
-            out_size, in_size = out_full * left // groups, in_full * left // groups
-            out_runs, in_runs = (
-                _runs(full, {p for p in range(full) if p * groups // full in lost_groups})
-                for full in (out_full, in_full)
-            )
-            cuts = {"weight": {0: in_runs if transposed else out_runs}, "bias": {0: out_runs}}
-            return _present(module, cuts), {outs: out_size, ins: in_size, "groups": left}
-        weight: Cuts = {}
-        attributes: dict[str, Any] = {}
-        cuts = {"weight": weight}
-        if "out" in gone:
-            runs = _runs(out_full, gone["out"])
-            weight[1 if transposed else 0] = runs
-            cuts["bias"] = {0: runs}
-            attributes[outs] = _length(runs)
-        if "in" in gone:
-            runs = _runs(in_full, gone["in"])
-            weight[0 if transposed else 1] = runs
-            attributes[ins] = _length(runs)
-        return _present(module, cuts), attributes
-    lost = set().union(*gone.values())
-    if isinstance(module, nn.MultiheadAttention):
-        width = module.embed_dim
-        runs = _runs(width, lost)
-        size = _length(runs)
-        thrice = _runs(3 * width, {p + i * width for p in lost for i in range(3)})
-        cuts = {
-            "in_proj_weight": {0: thrice, 1: runs},
-            "in_proj_bias": {0: thrice},
-            "out_proj.weight": {0: runs, 1: runs},
-            "out_proj.bias": {0: runs},
-            "bias_k": {2: runs},
-            "bias_v": {2: runs},
-        }
-        cuts = {name: cut for name, cut in cuts.items() if _held(module, name)}
-        heads = size // module.head_dim
-        return cuts, {"embed_dim": size, "kdim": size, "vdim": size, "num_heads": heads}
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        runs = _runs(int(module.input_size), lost)
-        names = [n for n in module._parameters if n == "weight_ih" or n.startswith("weight_ih_l0")]
-        return {name: {1: runs} for name in names}, {"input_size": _length(runs)}
-    if isinstance(module, nn.Embedding):
-        runs = _runs(module.embedding_dim, lost)
-        return {"weight": {1: runs}}, {"embedding_dim": _length(runs)}
-    if isinstance(module, nn.PReLU):
-        if module.num_parameters == 1:  # one slope for all channels
-            return {}, {}
-        runs = _runs(module.num_parameters, lost)
-        return {"weight": {0: runs}}, {"num_parameters": _length(runs)}
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    if isinstance(module, nn.GroupNorm):
-        runs = _runs(module.num_channels, lost)
-        size, full = _length(runs), module.num_channels
-        attributes = {"num_channels": size, "num_groups": max(1, size * module.num_groups // full)}
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        runs = _runs(module.normalized_shape[0], lost)
-        attributes = {"normalized_shape": (_length(runs),)}
-    else:
-        runs = _runs(int(module.num_features), lost)  # type: ignore[arg-type]
-        attributes = {"num_features": _length(runs)}
-    return _present(module, {name: {0: runs} for name in tensors}), attributes
-
-
-def _held(module: nn.Module, name: str) -> bool:
-    """Whether a module, or the part of it that ``name`` points to, has this parameter."""
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path)._parameters.get(leaf) is not None
-
-
-def _present(module: nn.Module, cuts: dict[str, Cuts]) -> dict[str, Cuts]:
-    return {name: cut for name, cut in cuts.items() if isinstance(getattr(module, name, None), Tensor) and cut}
-
-
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the modules of ``model`` whose parameters and buffers hold no memory."""
-    memo: dict[int, Any] = {}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-    for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
-    return _copy_of(model, memo)
-
-
-_BASE = frozenset(nn.Module().__dict__)  # the dictionaries that every module keeps
-_SHARED = (int, float, str, bool, type(None), torch.dtype, torch.device, RemovableHandle)
-
-
-def _copy_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(module, memo)``, ten times faster where a module holds little besides tensors and submodules."""
-    if id(module) in memo:
-        return memo[id(module)]  # type: ignore[no-any-return]
-    if hasattr(module, "__deepcopy__"):
-        return copy.deepcopy(module, memo)
-    new = module.__class__.__new__(module.__class__)
-    memo[id(module)] = new
-    held = new.__dict__
-    for name, value in module.__dict__.items():
-        if name in _BASE:
-            held[name] = value.copy() if isinstance(value, dict | set) else value
-        elif isinstance(value, _SHARED) or (isinstance(value, tuple) and all(isinstance(v, _SHARED) for v in value)):
-            held[name] = value
-        elif isinstance(value, list) and any(isinstance(v, RemovableHandle) for v in value):
-            held[name] = list(value)  # a handle cannot be copied
-    for name, tensors in (("_parameters", module._parameters), ("_buffers", module._buffers)):
-        held[name] = {k: None if t is None else memo[id(t)] for k, t in tensors.items()}
-    held["_modules"] = {k: None if m is None else _copy_of(m, memo) for k, m in module._modules.items()}
-    for name, value in module.__dict__.items():  # at last, when the submodules that it may name are in the memo
-        if name not in held:
-            held[name] = copy.deepcopy(value, memo)
-    return new
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def _lookup(model: nn.Module, places: Sequence[tuple[list[str], list[tuple[str, str]]]]) -> dict[str, Tensor]:
-    """The tensors at ``places``, several times faster than walking the whole model for each forward pass."""
-    found: dict[str, Tensor] = {}
-    for path, leaves in places:
-        module: Any = model
-        for part in path:
-            module = module._modules[part]
-        for name, leaf in leaves:
-            tensor = module._parameters.get(leaf)
-            found[name] = module._buffers[leaf] if tensor is None else tensor
-    return found
-
-
-def _cut(tensor: Tensor, cuts: Cuts) -> Tensor:
-    for dim, runs in cuts.items():
-        pieces = [tensor.narrow(dim, start, length) for start, length in runs]
-        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-    return tensor
-
-
-def _runs(size: int, gone: set[int]) -> Runs:
-    runs: list[tuple[int, int]] = []
-    for p in range(size):
-        if p in gone:
-            continue
-        if runs and sum(runs[-1]) == p:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((p, 1))
-    return tuple(runs)
-
-
-def _length(runs: Runs) -> int:
-    return sum(length for _, length in runs)
 
 
 def _first_line(error: Exception) -> str:
@@ -1045,36 +664,6 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     module = model.get_submodule(path)
     found = module._parameters.get(leaf)
     return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
-
-
-def _give_config(network: nn.Module, config: Any) -> None:
-    """Put a configuration, and those inside it, in place of the old ones wherever modules hold them."""
-    old = network.config
-    replaced = {id(old): config}
-    for name, value in vars(old).items():  # type: ignore[arg-type]
-        if hasattr(value, "to_dict"):
-            replaced[id(value)] = getattr(config, name)
-    for module in network.modules():
-        for attribute, value in vars(module).items():
-            if id(value) in replaced:
-                setattr(module, attribute, replaced[id(value)])
-
-
-def _put(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in place of a network's parameters and buffers."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        module = modules[path]
-        held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-        held[leaf] = tensor
-    _refresh(modules.values())
-
-
-def _refresh(modules: Iterable[nn.Module]) -> None:
-    """Recurrent layers keep a list of their weights beside the weights themselves."""
-    for module in modules:
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
 
 
 def _ranks(channels: Ids) -> Ids:

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from pliant.core.cost import count_flops
+from pliant.core.cuts import can_crop
 from pliant.core.dynamic import Point, Value
 from pliant.core.feeds import Feed, Feeds
 from pliant.core.inputs import (
@@ -53,7 +54,8 @@ from pliant.core.inputs import (
     take,
     to_device,
 )
-from pliant.core.slicing import Group, Slicing, SubNetwork, can_crop, kept, make_divisible
+from pliant.core.slicing import Group, Slicing, kept, make_divisible
+from pliant.core.subnetwork import SubNetwork
 
 AXES = ("resolution", "width", "depth", "kernel", "expansion")
 

@@ -58,8 +58,9 @@ from pliant.core.inputs import (
     take,
 )
 from pliant.core.objective import Criterion, Distillation, Metric, Quality, distillation, loss
-from pliant.core.slicing import Slicing, SubNetwork, make_divisible
+from pliant.core.slicing import Slicing, make_divisible
 from pliant.core.spaces import Axes, Space
+from pliant.core.subnetwork import SubNetwork
 
 COARSE = {"resolution": 5, "depth": 4, "width": 2, "kernel": 4, "expansion": 2}
 

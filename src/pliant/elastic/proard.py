@@ -87,8 +87,9 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.objective import cross_entropy, row_classes
-from pliant.core.slicing import Group, Slicing, SubNetwork, make_divisible
+from pliant.core.slicing import Group, Slicing, make_divisible
 from pliant.core.spaces import Axes, Inner, Shares, Space
+from pliant.core.subnetwork import SubNetwork
 from pliant.core.training import fit
 
 __all__ = [

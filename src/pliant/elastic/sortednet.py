@@ -58,7 +58,8 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.objective import Criterion, loss, part
-from pliant.core.slicing import Slicing, SubNetwork
+from pliant.core.slicing import Slicing
+from pliant.core.subnetwork import SubNetwork
 
 
 class SortedNet(Dynamic):

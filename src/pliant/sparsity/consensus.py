@@ -84,7 +84,8 @@ from pliant.core.inputs import (
 )
 from pliant.core.masks import multiply_adds, prunable
 from pliant.core.objective import Criterion, loss
-from pliant.core.slicing import Group, Slicing, SubNetwork
+from pliant.core.slicing import Group, Slicing
+from pliant.core.subnetwork import SubNetwork
 
 Granularity = Literal["layer", "channel"]
 GATED = Point(gates="input")

@@ -70,6 +70,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from pliant.core.cuts import Cuts
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
@@ -85,8 +86,9 @@ from pliant.core.inputs import (
 )
 from pliant.core.masks import pack_bits, unpack_bits
 from pliant.core.objective import Criterion, loss, target_outputs
-from pliant.core.slicing import Cuts, Group, Slicing, SubNetwork
+from pliant.core.slicing import Group, Slicing
 from pliant.core.sparse import compile_sparse
+from pliant.core.subnetwork import SubNetwork
 
 Kind = Literal["splora", "sppara", "splopa"]
 Score = Literal["taylor", "gradient", "weight", "lrp"]
