@@ -511,3 +511,38 @@ def test_bags_and_bilinear_layers_know_their_new_width() -> None:
     alone = Net(lambda n, ids: n.c(n.bag(ids)), bag=nn.EmbeddingBag(10, 8), c=nn.Linear(8, 3))
     small = assert_right(alone, torch.randint(0, 10, (3, 5))).subnetwork(0.5).extract(alone)
     assert small.bag.embedding_dim == small.bag.weight.shape[1] == 4
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12)])
+def test_norms_along_positions_pass_channels_on(shape: tuple[int, ...]) -> None:
+    if len(shape) == 1:
+        net = Net(lambda n, x: n.b(n.norm(n.a(x))).mean(2), a=nn.Conv1d(3, 8, 3, padding=1), norm=nn.LayerNorm(12),
+                  b=nn.Conv1d(8, 5, 1))  # fmt: skip
+        x = torch.randn(2, 3, 12)
+    else:
+        net = Net(lambda n, x: n.b(n.norm(n.a(x))).mean((2, 3)), a=conv(3, 8), norm=nn.LayerNorm(shape), b=conv(8, 5))
+        x = torch.randn(2, 3, *shape)
+    assert [g.units for g in assert_right(net, x).groups] == [8]
+
+
+def test_a_table_of_constants_ties_no_channels_and_what_it_fixes_is_told() -> None:
+    def forward(n: Any, x: Tensor) -> Tensor:
+        y = n.a(x)
+        table = torch.arange(5.0)[:, None] * torch.arange(1.0, 9.0)  # of 8 channels, whatever is left
+        return n.b((y + table.sin()).relu()).mean(1)
+
+    net = Net(forward, a=nn.Linear(4, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 3))
+    net.function = lambda n, x: n.c(forward(n, x))
+    with pytest.warns(UserWarning, match="'a': its forward seems to fix their number"):
+        slicing = assert_right(net, torch.randn(3, 5, 4))
+    assert [g.name for g in slicing.groups] == ["b"]
+
+
+def test_blocks_that_fit_at_full_width_alone_are_no_stack() -> None:
+    net = Net(lambda n, x: n.c(n.blocks(n.a(x).relu())), a=nn.Linear(4, 8),
+              blocks=nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 4, bias=False)),
+              c=nn.Linear(4, 3))  # fmt: skip
+    dial = SortedNet(net, ROWS, width=(0.5, 1.0), depth=(1.0,))
+    for width in (0.5, 1.0):
+        for depth in (0.5, 1.0) if dial.slicing.stacks else (1.0,):
+            assert dial.slicing.check(dial.slicing.sizes(width), dial.slicing.depths(depth)) is None

@@ -720,3 +720,43 @@ def test_compare_on_real_numbers(own: list[str]) -> None:
     name, point = found["winner"]["name"], found["winner"]["point"]
     chosen = next(r for r in found["results"] if r["name"] == name)["validation"][-1]
     assert next(r["quality"] for r in chosen if r["point"] == point) == min(row["quality"] for row in rows)
+
+
+def test_losses_as_metrics_know_their_direction() -> None:
+    for metric in (nn.MSELoss(), F.mse_loss, F.cross_entropy):
+        assert objective.Quality(metric).lower_is_better is True
+    assert objective.Quality().lower_is_better is False
+
+
+def test_a_point_of_nan_is_never_the_best() -> None:
+    rows = [Row(Point(size=i), q, i, i, i, i, 1.0, 1.0, 1.0, True) for i, q in enumerate((math.nan, 0.5, 0.7))]
+    for lower in (False, True):
+        front = Frontier(tuple(rows), lower_is_better=lower)
+        assert front.best()["size"] == (1 if lower else 2)
+        assert all(not math.isnan(r.quality) for r in front.pareto())
+
+
+def test_boxes_of_each_image_stay_whole_also_where_all_have_as_many_as_there_are_images() -> None:
+    x, boxes = torch.randn(4, 3, 8, 8), [{"boxes": torch.randn(4, 4)} for _ in range(4)]
+    for targets in (boxes, tuple(boxes)):
+        parts = objective.part(x, targets, 2)
+        assert [len(y) for _, y in parts] == [2, 2]
+        assert all(b["boxes"].shape == (4, 4) for _, y in parts for b in y)
+    labels, weight = torch.arange(2), torch.tensor(0.5)
+    for _, (mine, same) in objective.part(x[:2], (labels, weight), 2):
+        assert mine.shape == (1,)
+        assert same is weight
+
+
+def test_distillation_of_a_mapping_never_pairs_targets_by_their_place() -> None:
+    out = {"labels": torch.randn(3, 4), "boxes": torch.randn(3, 4)}
+    with pytest.raises(ValueError, match="distill"):
+        objective.distillation(out, out, (torch.rand(3, 4), torch.tensor([0, 1, 2])))
+
+
+def test_maps_of_transformers_with_as_many_classes_as_pixels_are_asked_for() -> None:
+    class Output:
+        logits = torch.randn(2, 5, 5, 5)
+
+    with pytest.raises(ValueError, match="dimension 1 or along the last"):
+        objective.loss(Output(), torch.randint(0, 5, (2, 5, 5)))

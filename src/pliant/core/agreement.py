@@ -240,11 +240,15 @@ def _norm_of_numbers(by_size: bool) -> Callable[[nn.Module, Any, Any], Any]:
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not bool(x.isnan().any()):
             return None
         known = ~x.isnan()
+        if torch.equal(output.isnan(), ~known):
+            return None  # it works along another dimension: what is gone reaches nothing else
         if isinstance(module, nn.GroupNorm):
             if module.num_groups > 1:
                 return None  # a group goes as a whole
             dims: list[int] = list(range(1, x.ndim))
             shape = [1, -1, *[1] * (x.ndim - 2)]
+        elif len(getattr(module, "normalized_shape", (0,))) > 1:
+            return None
         else:
             last = bool((known == known.reshape(-1, x.shape[-1])[0]).all())
             dims = [x.ndim - 1 if last else 1]

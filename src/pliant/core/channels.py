@@ -277,13 +277,24 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.frozen.append((found, why))
 
     def tie(self, a: Tensor | Ids, b: Tensor | Ids, *, units: bool = False) -> None:
-        """Labels that meet, element by element, are one channel (or of one unit)."""
-        x, y = (np.abs(np.asarray(v)).astype(np.int64).reshape(-1) for v in (a, b))
+        """Labels that meet, element by element, are one channel (or of one unit).
+
+        A constant that meets several channels at once is none of theirs (a table of places, the same for all).
+        """
+        signed = [np.asarray(v).astype(np.int64).reshape(-1) for v in (a, b)]
+        x, y = (np.abs(v) for v in signed)
         met = (x > 0) & (y > 0) & (x != y)
         if not met.any():
             return
-        pairs = np.unique(x[met] * np.int64(self.count) + y[met])
+        pairs, first = np.unique(x[met] * np.int64(self.count) + y[met], return_index=True)
         x, y = pairs // self.count, pairs % self.count
+        constant = [v[met][first] < 0 for v in signed]
+        for side in (0, 1):
+            names, others = (x, y) if side == 0 else (y, x)
+            mine = constant[side] & ~constant[1 - side] & (others > WHOLE)
+            found, number = np.unique(names[mine], return_counts=True)
+            stay = ~(mine & np.isin(names, found[number > 1]))
+            x, y, constant = x[stay], y[stay], [c[stay] for c in constant]
         fixed = (x == WHOLE) | (y == WHOLE)
         if fixed.any():
             self.freeze(np.maximum(x, y)[fixed], f"they meet something whose size is fixed in {self.place()}")
@@ -332,6 +343,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         spread_y = any(is_spread(y, d) and varies(x, d) for d in range(len(shape))) and not self.is_bare(a)
         if not spread_x and not spread_y and self.is_bare(a) and self.is_bare(b):
             spread_x = spread_y = x.shape != a.shape or y.shape != b.shape
+        if _names_only(a) and _names_only(b):
+            crossed = (
+                any(is_spread(v, d) and varies(w.abs(), d) for d in range(len(shape))) for v, w in ((x, y), (y, x))
+            )
+            if all(crossed):  # a table over two indices
+                return torch.full(shape, float(CONSTANT), dtype=torch.float64)
         if spread_x:
             self.freeze(a, why)
         if spread_y:
@@ -476,6 +493,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found.channels[carrier] = np.where(ids > 0, channel[ids], 0)
             found.units[carrier] = np.where(ids > 0, unit[ids], 0)
         return found
+
+
+def _names_only(labels: Tensor) -> bool:
+    """Whether a tensor holds constants alone, named ones among them."""
+    return bool((labels <= CONSTANT).all()) and bool((labels < CONSTANT).any())
 
 
 def is_output(why: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -85,14 +86,17 @@ class Frontier:
         return max(fit, key=lambda r: (self.gain(r.quality), -r.flops, -r.nonzero_flops, -r.parameters))
 
     def gain(self, quality: float) -> float:
-        """``quality`` as a number of which more is better: its negative where ``lower_is_better``."""
+        """``quality`` as a number of which more is better: its negative where ``lower_is_better``; NaN is worst."""
+        if math.isnan(quality):
+            return -math.inf
         return -quality if self.lower_is_better else quality
 
     def pareto(self, cost: str = "flops") -> Frontier:
         """The rows that no other row beats in quality at the same or a lower ``cost``."""
         kept: list[Row] = []
         for row in sorted(self.rows, key=lambda r: (getattr(r, cost), -self.gain(r.quality))):
-            if not kept or self.gain(row.quality) > self.gain(kept[-1].quality):
+            best = self.gain(kept[-1].quality) if kept else -math.inf
+            if self.gain(row.quality) > best:
                 kept.append(row)
         return replace(self, rows=tuple(kept))
 

@@ -85,6 +85,7 @@ def class_axis(output: Tensor, target: Tensor, *, last: bool = False) -> int | N
         return None
     first = output.shape[:1] + output.shape[2:] == target.shape
     behind = output.shape[:-1] == target.shape
+    last = last and output.ndim == 3  # maps (B, C, H, W) of transformers have their classes first
     if first and behind and output.ndim > 2 and not last:
         raise ValueError(
             f"target: with an output of shape {tuple(output.shape)} and targets of shape {tuple(target.shape)} the "
@@ -222,7 +223,7 @@ def distillation(
         named: Mapping[str, Any] = {}
         if isinstance(target, Mapping):
             named = target
-        elif isinstance(target, tuple | list) and len(target) == len(parts):
+        elif isinstance(target, tuple | list) and isinstance(ours, tuple | list) and len(target) == len(parts):
             named = dict(zip(parts, target, strict=True))
         if not set(parts) <= set(named):
             raise ValueError(
@@ -414,6 +415,8 @@ class Quality:
             raise TypeError(f"metric: expected a function or a metric that accumulates, got {type(metric).__name__}")
         self._taker = metric
         better = getattr(metric, "higher_is_better", None)
+        if better is None and (isinstance(metric, nn.modules.loss._Loss) or self.name.endswith(("_loss", "entropy"))):
+            better = False
         self.lower_is_better: bool | None = None if better is None else not better
 
     def update(self, output: Any, target: Any, rows: int) -> None:
@@ -519,7 +522,9 @@ def _one_for_each(value: Sequence[Any], rows: int) -> bool:
     if len(value) != rows or hasattr(value, "_fields"):
         return False
     if not all(_over_all(v, rows) for v in value):
-        return True
+        return not all(isinstance(v, Tensor) and v.ndim == 0 for v in value if not _over_all(v, rows))
+    if all(isinstance(v, Mapping) for v in value):
+        return True  # what belongs to each sample, also where each has as many entries as there are samples
     alike = all(isinstance(v, Tensor) and v.ndim > 1 and v.shape == value[0].shape for v in value)
     if alike and isinstance(value, list):  # loaders make lists of tuples, but tensors of one shape are rarely that
         raise ValueError(

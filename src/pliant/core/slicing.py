@@ -151,6 +151,9 @@ class Slicing:
             self._settle_depth()
         if reading is not None:
             self._settle_width(reading, divisor)
+            for name in list(self.stacks) if stacks is None and self.groups else ():
+                if self.check(self.sizes(0.5), {name: 1}) is not None:  # its blocks fit at full width alone
+                    del self.stacks[name]
             self._report()
         self._agreement.rest()
 
@@ -344,7 +347,8 @@ class Slicing:
     def _why_single(self, group: Group, divisor: int) -> str:
         if len(group.ids) > 1:
             return ""  # the divisor leaves nothing of their number to choose
-        return _ONE_UNIT if group.channels > 1 else ""
+        made = max((len(m.positions) for m in group.members if m.side == "out"), default=group.channels)
+        return _ONE_UNIT if made > 1 else ""
 
     def _alike(self, groups: Sequence[Group]) -> list[tuple[int, int]]:
         """Groups of one size that shrink only together, as where one is brought to the shape of another by its size."""
