@@ -66,6 +66,7 @@ class NormTable(nn.Module):
         self.register_buffer("var", first.new_zeros(0, start))
         self.register_buffer("fresh", torch.zeros(0, dtype=torch.bool, device=device))
         self.register_buffer("frozen", torch.zeros(len(self.columns), dtype=torch.bool))
+        self._read: tuple[Tensor, int, frozenset[str]] | None = None  # what ``still`` read, and of what
         self._first = (first, second)  # what a new row starts from
         for point in points:
             self.add(point)
@@ -120,22 +121,31 @@ class NormTable(nn.Module):
     def follow(self, model: nn.Module) -> None:
         """Take note, in a step of training, which layers of ``model`` use the statistics that they have."""
         modules = dict(model.named_modules())
-        now = torch.tensor([not modules[name].training for name in self.columns], dtype=torch.bool)
-        if not torch.equal(now, self.frozen.cpu()):
-            self.frozen.copy_(now)
+        now = frozenset(name for name in self.columns if not modules[name].training)
+        if now != self.still:
+            self.frozen.copy_(torch.tensor([name in now for name in self.columns], dtype=torch.bool))
 
-    def place(self, point: Point) -> tuple[int, ...]:
+    @property
+    def still(self) -> frozenset[str]:
+        """The layers that training leaves as they are; the buffer is read once for each change of it."""
+        version = 0 if self.frozen.is_inference() else self.frozen._version
+        if self._read is None or self._read[0] is not self.frozen or self._read[1] != version:
+            names = frozenset(n for n, held in zip(self.columns, self.frozen.tolist(), strict=True) if held)
+            self._read = (self.frozen, version, names)
+        return self._read[2]
+
+    def place(self, point: Point) -> tuple[object, ...]:
         """Where the row of ``point`` lies in memory: while this stays the same, so do its ``tensors``."""
-        return (self._rows.get(point, -1), self.mean.data_ptr(), self.var.data_ptr(), self.frozen._version)
+        return (self._rows.get(point, -1), self.mean.data_ptr(), self.var.data_ptr(), self.still)
 
     def tensors(self, point: Point, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """The buffers of ``point`` by name, as views on its row.
 
         ``layers`` are the modules that the point has, by name; those that keep no statistics are passed over.
         """
-        row, found = self._rows[point], {}
-        for (name, (start, _)), frozen in zip(self.columns.items(), self.frozen.tolist(), strict=True):
-            if name in layers and not frozen:
+        row, found, still = self._rows[point], {}, self.still
+        for name, (start, _) in self.columns.items():
+            if name in layers and name not in still:
                 end = start + int(layers[name].num_features)  # type: ignore[arg-type]
                 found[f"{name}.running_mean"] = self.mean[row, start:end]
                 found[f"{name}.running_var"] = self.var[row, start:end]
@@ -167,8 +177,8 @@ class NormTable(nn.Module):
             return
         self.add(point)
         skeleton.eval()
-        frozen = {name for name, still in zip(self.columns, self.frozen.tolist(), strict=True) if still}
-        layers = {name: m for name, m in skeleton.named_modules() if name in self.columns and name not in frozen}
+        estimated = self.columns.keys() - self.still
+        layers = {name: m for name, m in skeleton.named_modules() if name in estimated}
         seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {name: [] for name in layers}
         # A layer in training mode writes into its buffers: give it some that nobody reads.
         scratch = {name: t.clone() for name, t in self.tensors(point, layers).items()}

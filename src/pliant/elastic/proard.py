@@ -952,9 +952,8 @@ class ProARD(Dynamic):
         """The sub-network on x; in "batch" mode only its normalisation layers are in training mode."""
         network.set_mode(self.model, mode == "train")
         if mode == "batch":
-            frozen = self.norms.frozen.tolist()
-            for name, still in zip(self.norms.columns, frozen, strict=True):
-                if name in network.modules and not still:
+            for name in self.norms.columns.keys() - self.norms.still:
+                if name in network.modules:
                     network.modules[name].train()
         return network.run(self.model, x, {**tensors, **self._filters(network)})
 
