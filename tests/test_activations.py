@@ -8,19 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pliant.core.activations import (
-    InputStatistics,
-    StackedStatistics,
-    answer_mask,
-    is_matrix,
-    matrix,
-    observe,
-    tell_apart,
-    token_masks,
-    write_matrix,
-)
+from pliant.core.activations import InputStatistics, StackedStatistics, answer_mask, observe, tell_apart, token_masks
 from pliant.core.experts import Experts, top_k
-from pliant.core.matrices import matrices
+from pliant.core.matrices import is_matrix, matrices, matrix, write_matrix
 
 
 @given(splits=st.lists(st.integers(0, 30), max_size=5), offset=st.sampled_from([0.0, 1.0, 1e6]))

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pliant.core import masks
-from pliant.core.activations import InputStatistics, matrix, observe
+from pliant.core.activations import InputStatistics, observe
 from pliant.core.dynamic import Point
 from pliant.core.frontier import measure
+from pliant.core.matrices import matrix
 from pliant.core.persistence import load, save
 from pliant.core.training import fit
 from pliant.sparsity.dsnot import DENSE, DSnoT, Refined, _Runner, attention_only, expected_error, refine, zeros_in_row

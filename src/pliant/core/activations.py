@@ -23,10 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pliant.core.inputs import Input, step_by_step
-from pliant.core.matrices import Bank, Matrix, Product, Products, plain_kernels
-from pliant.core.matrices import is_matrix as is_matrix
-from pliant.core.matrices import matrix as matrix
-from pliant.core.matrices import write_matrix as write_matrix
+from pliant.core.matrices import Bank, Matrix, Product, Products, matrix, plain_kernels
 
 Variance = Literal["total", "within"]
 

@@ -23,8 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from pliant.core.channels import Carrier
-from pliant.core.inputs import Input, call, evaluating, map_tensors, predictions, removing, step_by_step, tensors_in
+from pliant.core.inputs import (
+    Input,
+    call,
+    evaluating,
+    first_line,
+    map_tensors,
+    predictions,
+    removing,
+    step_by_step,
+    tensors_in,
+)
 from pliant.core.labels import is_linear_1d
+from pliant.core.subnetwork import store_of
 
 # Operations that put other numbers beside those of a channel, and over how many dimensions the unpooling ones do.
 _UNPOOLING = {"max_unpool2d": 2, "max_unpool3d": 3}
@@ -80,8 +91,7 @@ class Agreement:
             try:
                 ours = predictions(run(full, x))
             except Exception as error:  # the user's forward may raise anything at another width
-                line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                return f"its forward seems to fix their number ({line})"
+                return f"its forward seems to fix their number ({first_line(error)})"
             problem = None
             for instead in (_passed, _nothing) if blocks else (_passed,):
                 with self._masked(full, gone, blocks, kernels or {}, instead):
@@ -305,7 +315,7 @@ def _replaced(model: nn.Module, name: str, dim: int, at: Tensor) -> Iterator[Non
     """NaN in a bare parameter or buffer; a layer that shares it keeps it as it is."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
+    held = store_of(module, leaf)
     before = held[leaf]
     after = before.detach().index_fill(dim, at.to(before.device), float("nan"))
     held[leaf] = nn.Parameter(after, requires_grad=False) if isinstance(before, nn.Parameter) else after

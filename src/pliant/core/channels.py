@@ -16,8 +16,9 @@ nothing about an operation's meaning is guessed:
     anything else      its channels stay whole, and the reason is kept
 
 Labels that are tied are one channel (``E``); channels that can only go together (a head, a group of a GroupNorm or of a
-grouped convolution) are one unit (``U``). Two labels are special: 0 stands for constants, which can be cut as whatever
-they meet, and 1 for what must keep its size: the network's inputs and outputs, and what was mixed over channels.
+grouped convolution) are one unit (``U``). Labels up to 0 stand for constants made in the forward, which are cut as
+whatever they meet (below 0 they have names, so that what meets the same constant is cut alike); 1 stands for what must
+keep its size: the network's inputs and outputs, and what was mixed over channels.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pliant.core.inputs import Input, call, evaluating, map_tensors, predictions, removing, step_by_step, tensors_in
-from pliant.core.label_rules import LAYERS, follow, not_plain, weight_dims
+from pliant.core.inputs import Input, call, evaluating, map_tensors, predictions, removing, tensors_in
+from pliant.core.label_rules import follow, norm_over, not_plain, rule_of, weight_dims
 from pliant.core.labels import (
     CONSTANT,
     LARGEST_BARE,
@@ -82,7 +83,7 @@ class Channels:
 def read_channels(model: nn.Module, example: Input) -> Reading:
     """Send labels through ``model`` in evaluation mode and return what was read."""
     tracer = Tracer(model)
-    with step_by_step(), evaluating(model), torch.no_grad(), tracer.following(), tracer:
+    with evaluating(model), torch.no_grad(), tracer.following(), tracer:
         output = call(model, map_tensors(example, tracer.source))
     for tensor in predictions(output).values():
         tracer.freeze(tracer.of(tensor), _OUTPUT)
@@ -100,8 +101,8 @@ class Reading:
         """Which positions carry which channels.
 
         Where a view parts channels into h pieces of d it cannot be read which of the two numbers follows the width.
-        ``pieces`` tells for such places, by their number in ``Channels.parted``: 1, whole
-        pieces go; 2, every piece loses the same. Others are left open. ``ties`` are pairs of units that go together.
+        ``pieces`` tells for such places, by their number in ``Channels.parted``: 1, whole pieces go; 2, every piece
+        loses the same. Others are left open. ``ties`` are pairs of units that go together.
         """
         return self._tracer.result(pieces or {}, ties)
 
@@ -127,7 +128,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.together: list[tuple[Ids, Ids]] = []  # ties between units
         self.frozen: list[tuple[Ids, str]] = []
         self.norms: list[str] = []
-        self.parted: list[Ids] = []  # (pieces, size): labels that a view or chunk parts
+        self.parted: list[Ids] = []  # (pieces, size): labels that a view parts
         self.stack: list[nn.Module] = []
         self.settled = False
         self.inside = 0  # within a layer whose rule is known, or within a rule
@@ -162,9 +163,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_layer(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         """Whether the module computes what its class's rule says (subclasses may override ``forward``)."""
-        kind = next((k for k in LAYERS if isinstance(module, k)), None)
-        if kind is None:
-            return is_linear_1d(module) or self._is_rms_norm(module, args, kwargs)
+        if is_linear_1d(module):
+            return True
+        if rule_of(module) is None:
+            return self._is_rms_norm(module, args, kwargs)
         base: Any = next(k for k in type(module).__mro__ if "forward" in k.__dict__)
         if base.__module__.startswith("torch.nn.modules") and type(module).forward is base.forward:
             return True
@@ -390,8 +392,6 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name not in self.made:
             self.made[name] = as_ids(self.new(size))
             self.note(module, "out", self.made[name])
-            if why := not_plain(module):
-                self.freeze(self.made[name], f"{name!r} {why}")
         return torch.from_numpy(self.made[name]).double()
 
     def note(self, module: nn.Module, side: str, labels: Tensor | Ids) -> None:
@@ -406,11 +406,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.freeze(found, f"{carrier.name!r} {why}")
 
     def _layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        rule = next((r for k, r in LAYERS.items() if isinstance(module, k)), None)
-        values = [*args, *kwargs.values()]
-        if rule is None:
-            rule = LAYERS[nn.Linear] if is_linear_1d(module) else LAYERS[nn.RMSNorm]
-        rule(self, module, values, output)
+        rule = rule_of(module) or norm_over  # one that ``_is_rms_norm`` found
+        rule(self, module, [*args, *kwargs.values()], output)
 
     # -- what was found ---------------------------------------------------------------------------------------------
 
@@ -423,9 +420,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 rows = np.moveaxis(np.where(alone, 0, own), dim, 0).reshape(shape[dim], -1)
                 top, low = rows.max(1), np.where(rows > 0, rows, np.iinfo(np.int64).max).min(1)
                 if (top > 0).any() and not ((top > low) & (top > 0)).any() and len(set(top[top > 0].tolist())) > 1:
-                    where = np.where(np.moveaxis(np.where(alone, 0, own), dim, 0).reshape(shape[dim], -1) > 0,
-                                     rows, 0).max(1)  # fmt: skip
-                    self.sides[Carrier(name, "parameter", dim)] = where
+                    self.sides[Carrier(name, "parameter", dim)] = top
                     break
             else:
                 if (~alone).any():

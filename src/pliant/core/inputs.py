@@ -228,6 +228,11 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def check_example(model: nn.Module, example: Input) -> Tensor:
     """Run ``model`` on ``example`` twice and return its prediction; the constructors' common door.
 
@@ -244,7 +249,7 @@ def check_example(model: nn.Module, example: Input) -> Tensor:
         try:
             first = predictions(call(model, example))
         except (RuntimeError, ValueError, IndexError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            line = first_line(error)
             raise ValueError(f"example: the model does not accept an input of shape {shape}: {line}") from error
         second = predictions(call(model, example))
     for name, a in first.items():

@@ -85,12 +85,14 @@ def _norm_per_channel(t: Tracer, module: Any, values: Sequence[Any], output: Ten
     t.put(output, labels)
 
 
-def _norm_over(t: Tracer, module: Any, values: Sequence[Any], output: Tensor) -> None:
-    _over_channels(t, module, t.of(values[0]), len(getattr(module, "normalized_shape", (0,))), output)
+def norm_over(t: Tracer, module: Any, values: Sequence[Any], output: Tensor) -> None:
+    """A norm over the last dimensions: torch's, or a root-mean-square norm of another class."""
+    weight = next(iter(module._parameters.values()), None)
+    _over_channels(t, module, weight, t.of(values[0]), len(getattr(module, "normalized_shape", (0,))), output)
 
 
-def _over_channels(t: Tracer, module: Any, labels: Tensor, dims: int, output: Any) -> None:
-    """A norm over the last dimensions. One over channels normalises those that are left."""
+def _over_channels(t: Tracer, module: Any, weight: Any, labels: Tensor, dims: int, output: Any) -> None:
+    """One over channels normalises those that are left. ``module`` is None where it is written into a forward."""
     if dims > 1:
         t.put(output, t.reduced(labels, list(range(-dims, 0)), f"{t.place(module)} normalises several dimensions"))
         return
@@ -103,9 +105,8 @@ def _over_channels(t: Tracer, module: Any, labels: Tensor, dims: int, output: An
         if isinstance(module, nn.LayerNorm | nn.RMSNorm):
             t.note(module, "out", read)
         else:
-            weight = next(iter(module._parameters.values()))
             t.tie(t.of(weight), read)
-            if isinstance(module, nn.Module) and t.names[id(module)] not in t.norms:
+            if module is not None and t.names[id(module)] not in t.norms:
                 t.norms.append(t.names[id(module)])
     t.put(output, labels)
 
@@ -164,19 +165,26 @@ def _recurrent(t: Tracer, module: Any, values: Sequence[Any], output: Any) -> No
         t.put(y, float(WHOLE))
 
 
-LAYERS: dict[Any, Callable[[Tracer, Any, Sequence[Any], Any], None]] = {
+_LAYERS: dict[Any, Callable[[Tracer, Any, Sequence[Any], Any], None]] = {
     nn.Linear: _linear,
     _ConvNd: _convolution,
     nn.Embedding: _embedding,
     _NormBase: _norm_per_channel,
-    nn.LayerNorm: _norm_over,
-    nn.RMSNorm: _norm_over,
+    nn.LayerNorm: norm_over,
+    nn.RMSNorm: norm_over,
     nn.GroupNorm: _group_norm,
     nn.PReLU: _slope,
     nn.MultiheadAttention: _attention,
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,
 }
+
+
+def rule_of(module: nn.Module) -> Callable[[Tracer, Any, Sequence[Any], Any], None] | None:
+    """The rule of a layer's class; None where it has none."""
+    if is_linear_1d(module):
+        return _linear
+    return next((rule for kind, rule in _LAYERS.items() if isinstance(module, kind)), None)
 
 
 def not_plain(module: nn.Module) -> str:
@@ -222,9 +230,8 @@ _MOVES = _words(
 )
 # The value of an element is replaced, the channel that it belongs to is not.
 _SAME = _words(
-    """_to_copy hardswish bernoulli bernoulli_ native_dropout dropout relu6 hardtanh hardtanh_ zero_ fill_ masked_fill
-    masked_fill_ nan_to_num to clamp_ uniform_ normal_ rrelu_with_noise log_sigmoid_forward contiguous
-    fake_quantize_per_tensor_affine"""
+    """_to_copy hardswish bernoulli native_dropout dropout relu6 hardtanh masked_fill nan_to_num to clamp uniform normal
+    rrelu_with_noise log_sigmoid_forward fake_quantize_per_tensor_affine"""
 )
 # New tensors that hold numbers of nobody.
 _NEW = _words(
@@ -269,9 +276,11 @@ def follow(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) ->
     elif base in ("slice_scatter", "select_scatter", "index_put", "scatter", "index_copy", "index_add", "scatter_add",
                   "scatter_reduce", "index_reduce", "_index_put_impl"):  # fmt: skip
         _scatter(t, base, args, kwargs, out)
-    elif name in ("zero_", "fill_") or base in _SAME:
+    elif name in ("zero_", "fill_"):
+        t.put(args[0], float(CONSTANT))
+    elif base in _SAME:
         for y in outputs:
-            t.put(y, float(CONSTANT) if name in ("zero_", "fill_") else t.of(tensors[0]))
+            t.put(y, t.of(tensors[0]))
     elif base in _REDUCE:
         _reduce(t, func, args, kwargs, outputs, f"{base} over them in {t.place()}")
     elif base in _MIX:
@@ -295,27 +304,7 @@ def follow(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) ->
     elif _ATTENTION.fullmatch(base):
         _fused_attention(t, base, tensors, outputs)
     elif base in ("native_layer_norm", "_fused_rms_norm"):
-        weight = args[2] if len(args) > 2 else None
-        module = t.owners.get(id(weight)) if weight is not None else None
-        if (weight is not None and module is None) or (
-            isinstance(module, nn.LayerNorm) is False and weight is not None and weight.ndim > 1
-        ):
-            t.give_up(f"{base} in {t.place()} has a weight that is no parameter", args, out)
-        elif module is None:
-            labels = t.of(args[0])
-            t.put(outputs[0], labels)
-            if len(args[1]) > 1:
-                t.put(outputs[0], t.reduced(labels, list(range(-len(args[1]), 0)), f"{base} in {t.place()}"))
-        else:
-            _over_channels(
-                t,
-                module if isinstance(module, nn.LayerNorm | nn.RMSNorm) else _Holder(weight),
-                t.of(args[0]),
-                len(args[1]),
-                outputs[0],
-            )
-            if not isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(args) > 3 and args[3] is not None:
-                t.tie(t.of(args[3]), t.of(weight))
+        _functional_norm(t, base, args, outputs[0], out)
     elif base in _BATCH_NORM:
         labels = t.of(args[0])
         along, read = t.side(labels, 1)
@@ -359,11 +348,22 @@ def follow(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) ->
         )
 
 
-class _Holder:
-    """A weight without a module of torch's."""
-
-    def __init__(self, weight: Any) -> None:
-        self._parameters = {"weight": weight}
+def _functional_norm(t: Tracer, base: str, args: Any, output: Any, out: Any) -> None:
+    """A norm over the last dimensions that no layer's own forward computes: (input, shape, weight, bias, ...)."""
+    given: list[Any] = [*args[:4], None, None]
+    x, shape, weight, bias = given[:4]
+    if weight is None:
+        labels, dims = t.of(x), list(range(-len(shape), 0))
+        t.put(output, t.reduced(labels, dims, f"{base} in {t.place()}") if len(dims) > 1 else labels)
+        return
+    owner = t.owners.get(id(weight))
+    if owner is None or (weight.ndim > 1 and not isinstance(owner, nn.LayerNorm)):
+        t.give_up(f"{base} in {t.place()} has a weight that is no parameter", args, out)
+        return
+    module = owner if isinstance(owner, nn.LayerNorm | nn.RMSNorm) else None
+    _over_channels(t, module, weight, t.of(x), len(shape), output)
+    if module is None and bias is not None:
+        t.tie(t.of(bias), t.of(weight))
 
 
 def _move(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -387,14 +387,12 @@ def _move(t: Tracer, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> 
         t.bundle(t.side(first, 1)[1].reshape(args[1], -1).T)  # every group loses the same
     elif _are_pieces(moved) and varies(first, argument(func, args, kwargs, "dim", 0)):
         _equal_pieces(t, moved, f"{base} in {t.place()} parts them from others")
-    pairs = zip(tensors_in(out), tensors_in(moved), strict=True)
-    for y, labels in pairs:
-        if name.endswith("_") and not name.startswith("_"):
+    in_place = name.endswith("_") and not name.startswith("_")
+    for y, labels in zip(tensors_in(out), tensors_in(moved), strict=True):
+        if y.shape == labels.shape or in_place:
             t.labels[y] = labels
-        elif y.shape != labels.shape:
-            t.put(y, labels)
         else:
-            t.labels[y] = labels
+            t.put(y, labels)
 
 
 def _align(t: Tracer, base: str, parts: Sequence[Tensor], dim: int) -> None:
@@ -456,19 +454,19 @@ def _bilinear(t: Tracer, args: Any, out: Tensor) -> None:
 
 def _scatter(t: Tracer, base: str, args: Any, kwargs: Any, out: Any) -> None:
     """Elements are written into others: where two channels meet, they are tied."""
-    why = f"{base} in {t.place()}"
     target, values = t.of(args[0]), [a for a in args[1:] if isinstance(a, Tensor) and a.is_floating_point()]
-    if not values or base in ("index_reduce",):
-        if values:
-            t.give_up(why, (args, kwargs), out)
-        else:
-            t.put(out, target)
+    if not values:
+        t.put(out, target)
+        return
+    if base == "index_reduce":
+        t.give_up(f"{base} in {t.place()}", (args, kwargs), out)
         return
     source = t.of(values[-1])
-    if base in ("slice_scatter", "select_scatter", "index_put", "_index_put_impl") or base in ("index_copy", "scatter"):
-        function = getattr(torch.ops.aten, base if base != "_index_put_impl" else "index_put")
+    base = "index_put" if base == "_index_put_impl" else base
+    if base in ("slice_scatter", "select_scatter", "index_put", "index_copy", "scatter"):
+        function = getattr(torch.ops.aten, base)
         rest = [source if a is values[-1] else a for a in args[1:]]
-        if base in ("index_put", "_index_put_impl"):
+        if base == "index_put":
             rest = rest[:2]
         written = function(target.clone(), *rest, **kwargs)
         t.tie(torch.where(written != target, target, 0.0), written)

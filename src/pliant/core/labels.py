@@ -27,7 +27,7 @@ PER_HEAD = (
 )  # and the width of one
 
 
-def is_linear_1d(module: nn.Module) -> bool:
+def is_linear_1d(module: nn.Module | None) -> bool:
     """Whether this is the ``Conv1D`` of transformers: a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 

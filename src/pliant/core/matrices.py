@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pliant.core.experts import Dispatch, Experts, combine, dispatch
-from pliant.core.inputs import Input, call, evaluating, removing
+from pliant.core.inputs import Input, call, evaluating, removing, step_by_step
 from pliant.core.labels import is_linear_1d
 
 Kind = Literal["layer", "experts", "factor"]
@@ -343,9 +343,7 @@ def plain_kernels(modules: Sequence[nn.Module]) -> Iterator[None]:
             stack.callback(torch._C._set_mkldnn_enabled, enabled)
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if any(isinstance(m, nn.MultiheadAttention) for m in modules):
-            before = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-            stack.callback(torch.backends.mha.set_fastpath_enabled, before)
+            stack.enter_context(step_by_step())
         yield
 
 

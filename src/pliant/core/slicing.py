@@ -13,9 +13,8 @@ heads, the channels of one group of a GroupNorm or of a grouped convolution. Sma
 
 A sub-network is (1) a *skeleton*: a copy of the user's modules without any weights, whose static sizes (number of
 groups, heads, normalised shape, length of a block list) are those of the smaller network, and (2) the *cuts*: for each
-parameter the kept range of each dimension. Running it puts views on the full
-parameters into the skeleton; extracting it gives the same skeleton copies of them. That is why both give the same
-numbers, bit for bit.
+parameter the kept range of each dimension. Running it puts views on the full parameters into the skeleton; extracting
+it gives the same skeleton copies of them. That is why both give the same numbers, bit for bit.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from pliant.core.agreement import Agreement
 from pliant.core.channels import Carrier, Channels, Reading, is_output, read_channels
 from pliant.core.cuts import Cuts, crop, length_of, module_cuts, runs_of
-from pliant.core.inputs import Input, check_example, take
+from pliant.core.inputs import Input, check_example, first_line, take
 from pliant.core.labels import HEADS, PER_HEAD, Ids, is_linear_1d
 from pliant.core.stacks import find_stacks
-from pliant.core.subnetwork import SubNetwork, hollow
+from pliant.core.subnetwork import SubNetwork, hollow, tensor_named
 
 
 def kept(channels: int, width: float, units: int | None = None) -> int:
@@ -137,7 +136,7 @@ class Slicing:
         self.model = model
         check_example(model, example)
         self.example = take(example, slice(0, 2))  # many small networks are tried: two rows tell as much
-        self.shape = tuple(check_example(model, self.example).shape)
+        check_example(model, self.example)
         self.exclude = tuple([exclude] if isinstance(exclude, str) else exclude)
         self.heads: dict[str, str] = {}  # attention module -> name of the group of its inner width
         self.groups: list[Group] = []
@@ -155,7 +154,7 @@ class Slicing:
                 if self.check(self.sizes(0.5), {name: 1}) is not None:  # its blocks fit at full width alone
                     del self.stacks[name]
             self._report()
-        self._agreement.rest()
+        self.rest()
 
     # -- construction -------------------------------------------------------------------------------------------
 
@@ -222,9 +221,7 @@ class Slicing:
         module = _submodule(self.model, carrier.name)
         if isinstance(module, _ConvNd):
             return not module.groups == module.in_channels == module.out_channels or module.groups == 1
-        return isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention) or (
-            module is not None and is_linear_1d(module)
-        )
+        return isinstance(module, nn.Embedding | nn.MultiheadAttention) or self._is_linear(carrier.name)
 
     def _group(
         self, root: Carrier, carriers: Sequence[Carrier], units: Sequence[int], found: Channels, divisor: int
@@ -253,7 +250,7 @@ class Slicing:
 
     def _is_linear(self, name: str) -> bool:
         module = _submodule(self.model, name)
-        return isinstance(module, nn.Linear) or (module is not None and is_linear_1d(module))
+        return isinstance(module, nn.Linear) or is_linear_1d(module)
 
     def _find_heads(self, group: Group) -> None:
         """Is this the inner width of an attention module (queries, keys, values -> output projection)?
@@ -295,7 +292,7 @@ class Slicing:
             network = self.build(sizes, depths, kernels, adapt=False)
             self._check_ties(network.cuts)
         except (RuntimeError, ValueError, IndexError, AssertionError, TypeError, AttributeError) as error:
-            return _first_line(error)
+            return first_line(error)
         network.skeleton.eval()
         blocks = {
             f"{name}.{child}"
@@ -303,6 +300,10 @@ class Slicing:
             for child in [n for n, _ in self.model.get_submodule(name).named_children()][count:]
         }
         return self._agreement.problem(network.run, self._gone(sizes), blocks, dict(kernels or {}), x)
+
+    def rest(self) -> None:
+        """Let go of the copy of the network that ``check`` compares with; the next check makes it anew."""
+        self._agreement.rest()
 
     def _settle_depth(self) -> None:
         """Stacks that were found and do not shorten to what they should are none."""
@@ -495,8 +496,7 @@ class Slicing:
         """The sub-network of given sizes; what is not named stays whole.
 
         Args:
-            sizes: kept channels, by the name of a group: how many of the first ones, or which ones. Whole units; groups
-                that a grouped convolution links must keep the same units.
+            sizes: kept channels, by the name of a group: how many of the first ones, or which ones. Whole units.
             depths: kept blocks, by the name of a stack.
             kernels: filter sizes, by the name of a convolution, see ``can_crop``.
 
@@ -512,7 +512,7 @@ class Slicing:
         by_module: dict[str, dict[str, set[int]]] = {}
         for carrier, gone in self._gone(sizes).items():
             if carrier.side == "parameter":
-                size = _tensor(self.model, carrier.name).shape[carrier.dim]
+                size = tensor_named(self.model, carrier.name).shape[carrier.dim]
                 cuts.setdefault(carrier.name, {})[carrier.dim] = runs = runs_of(size, gone)
                 holder = _submodule(skeleton, carrier.name.rpartition(".")[0])
                 kind = next((k for k in _WIDTHS if isinstance(holder, k)), None)
@@ -597,7 +597,7 @@ class Slicing:
         moves: dict[tuple[int, int, tuple[int, ...]], Tensor] = {}  # a layer may carry the channels on both its sides
         for m in group.members:
             if m.side == "parameter":
-                parameter = _tensor(self.model, m.module)
+                parameter = tensor_named(self.model, m.module)
                 moves[id(parameter), m.dim, _reindex(m, order, parameter.shape[m.dim])] = parameter
                 continue
             module = self.model.get_submodule(m.module)
@@ -650,24 +650,12 @@ def _reindex(member: Member, order: Sequence[int], size: int) -> tuple[int, ...]
     return tuple(index)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     """The submodule of that name, None where there is none (a block that depth left out, a bare parameter)."""
     try:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer by name."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    found = module._parameters.get(leaf)
-    return found if found is not None else module._buffers[leaf]  # type: ignore[return-value]
 
 
 def _ranks(channels: Ids) -> Ids:

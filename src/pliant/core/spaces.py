@@ -544,6 +544,7 @@ class Axes:
                 problem = str(error)
             if problem is not None:
                 raise ValueError(f"{axis}: the model does not run at {point}: {problem}")
+        self.slicing.rest()
 
     def _trials(self) -> list[tuple[str, Point]]:
         """(axis, point): each level of each axis alone, others at their largest; the smallest; three drawn ones."""

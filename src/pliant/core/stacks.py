@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pliant.core.inputs import Input, call, evaluating, first_tensor, removing, step_by_step, tensors_in
+from pliant.core.inputs import Input, call, evaluating, first_tensor, removing, tensors_in
 
 
 def find_stacks(model: nn.Module, example: Input) -> dict[str, int]:
@@ -40,7 +40,7 @@ def find_stacks(model: nn.Module, example: Input) -> dict[str, int]:
         runs.append((id(module), before, _shape_of(given), _shape_of(output)))
 
     handles = [child.register_forward_hook(note, with_kwargs=True) for child in blocks.values()]
-    with step_by_step(), removing(handles), evaluating(model), torch.no_grad(), ancestry:
+    with removing(handles), evaluating(model), torch.no_grad(), ancestry:
         call(model, example)
     stacks = {}
     for name, children in candidates.items():

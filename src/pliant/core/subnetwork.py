@@ -41,6 +41,10 @@ class SubNetwork:
         """The modules of the skeleton by name, shared ones under each of theirs."""
         return dict(self.skeleton.named_modules(remove_duplicate=False))
 
+    @cached_property
+    def _recurrent(self) -> list[nn.RNNBase]:
+        return _recurrent_in(self.skeleton)
+
     def views(self, model: nn.Module) -> dict[str, Tensor]:
         """Every parameter and buffer that the skeleton needs, as views on those of the full ``model``.
 
@@ -69,7 +73,10 @@ class SubNetwork:
             args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
             kwargs = dict(x) if isinstance(x, Mapping) else {}
             return functional_call(self.skeleton, tensors, args, kwargs, tie_weights=False)
-        _put(self.modules, tensors)
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            store_of(self.modules[path], leaf)[leaf] = tensor
+        _refresh(self._recurrent)
         return call(self.skeleton, x)
 
     def set_mode(self, model: nn.Module, training: bool = True) -> None:
@@ -113,7 +120,7 @@ class SubNetwork:
             with torch.enable_grad():
                 for owner, leaf, name in mount.copied:
                     owner[leaf] = _cut(full[name], self.cuts[name]).contiguous()
-            _refresh(mount.network.modules())  # type: ignore[union-attr]
+            _refresh(mount.recurrent)
         return call(mount.network, x)  # type: ignore[arg-type]
 
     @cached_property
@@ -143,9 +150,8 @@ class SubNetwork:
                 made[id(source)] = (
                     nn.Parameter(copied, source.requires_grad) if isinstance(source, nn.Parameter) else copied
                 )
-            store: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            store[leaf] = made[id(full[name])]
-        _refresh(network.modules())
+            store_of(owner, leaf)[leaf] = made[id(full[name])]
+        _refresh(_recurrent_in(network))
         network.eval()
         if self._config is None and self.example is not None:
             example = to_device(self.example, device_of(model))
@@ -162,6 +168,7 @@ class _Mount:
         self.network: nn.Module | None = None
         self.key: object = None
         self.copied: list[tuple[dict[str, Any], str, str]] = []  # (tensors of a module, name there, full name)
+        self.recurrent: list[nn.RNNBase] = []
 
     def put(
         self,
@@ -176,15 +183,15 @@ class _Mount:
         self.network, self.key, self.copied = _copy_of(of.skeleton, held).eval(), key, []
         for name, tensor in {**views, **replaced}.items():
             path, _, leaf = name.rpartition(".")
-            owner = self.network.get_submodule(path)
-            tensors: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+            tensors = store_of(self.network.get_submodule(path), leaf)
             tensors[leaf] = tensor
             own_memory = (
                 name in of.cuts and tensor.untyped_storage().data_ptr() != full[name].untyped_storage().data_ptr()
             )
             if own_memory and name not in replaced:
                 self.copied.append((tensors, leaf, name))
-        _refresh(self.network.modules())
+        self.recurrent = _recurrent_in(self.network)
+        _refresh(self.recurrent)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mount:
         return _Mount()
@@ -272,18 +279,23 @@ def _give_config(network: nn.Module, config: Any) -> None:
                 setattr(module, attribute, replaced[id(value)])
 
 
-def _put(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in place of a network's parameters and buffers."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        module = modules[path]
-        held: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
-        held[leaf] = tensor
-    _refresh(modules.values())
+def store_of(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """The dictionary of ``module`` that holds its tensor ``leaf``: that of its parameters or of its buffers."""
+    return module._parameters if leaf in module._parameters else module._buffers
 
 
-def _refresh(modules: Iterable[nn.Module]) -> None:
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by name."""
+    path, _, leaf = name.rpartition(".")
+    found: Tensor = store_of(model.get_submodule(path), leaf)[leaf]
+    return found
+
+
+def _recurrent_in(network: nn.Module) -> list[nn.RNNBase]:
+    return [module for module in network.modules() if isinstance(module, nn.RNNBase)]
+
+
+def _refresh(recurrent: Iterable[nn.RNNBase]) -> None:
     """Recurrent layers keep a list of their weights beside the weights themselves."""
-    for module in modules:
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+    for module in recurrent:
+        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]

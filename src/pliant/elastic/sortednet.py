@@ -144,6 +144,9 @@ class SortedNet(Dynamic):
             if problem := self.slicing.check(*sizes):
                 raise ValueError(f"model: it cannot be run at {point}: {problem}")
             self._networks[point] = self._network(point)
+        self.slicing.rest()
+        # Of one row a norm over the batch could make nothing.
+        self._least_rows = 2 if any(isinstance(m, _BatchNorm) for m in model.modules()) else 1
         self._costs: dict[Point, dict[str, int]] = {}
         self._make_statistics()
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
@@ -256,8 +259,7 @@ class SortedNet(Dynamic):
         g = self.accumulate
         if self.replay or g == 1:
             return [(x, y)] * g
-        together = any(isinstance(m, _BatchNorm) for m in self.model.modules())  # of one row it could make nothing
-        return part(x, y, g, least=2 if together else 1)
+        return part(x, y, g, least=self._least_rows)
 
     def all_outputs(self, x: Input) -> list[Any]:
         """The outputs of all points on ``x``, in the order of ``points()``; over depth alone the blocks run once."""

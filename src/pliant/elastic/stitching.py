@@ -78,6 +78,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    first_line,
     first_tensor,
     inputs_of,
     logits,
@@ -388,7 +389,7 @@ class _Cut:
                     module.training = training
                 self.graph = tracer.trace(root)
         except Exception as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            line = first_line(error)
             raise ValueError(
                 f"blocks: {who} cannot be cut, since its forward around the blocks does not trace ({line}); give "
                 "blocks=lambda network: (embed, list_of_blocks, head)"

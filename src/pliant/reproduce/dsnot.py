@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pliant.core.activations import matrix, write_matrix
 from pliant.core.dynamic import Point
+from pliant.core.matrices import matrix, write_matrix
 from pliant.reproduce.common import check, verdict
 from pliant.sparsity.dsnot import DENSE, DSnoT, attention_only
 from pliant.tasks import language

@@ -61,7 +61,17 @@ from torch.nn import functional as F
 
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
-from pliant.core.inputs import IGNORED, Batch, device_of, logits, next_token_loss, split_batch, take, to_device
+from pliant.core.inputs import (
+    IGNORED,
+    Batch,
+    device_of,
+    first_line,
+    logits,
+    next_token_loss,
+    split_batch,
+    take,
+    to_device,
+)
 from pliant.core.rows import hidden_of
 
 STOP, EXIT, CONTINUE = 0, 1, 2
@@ -1063,7 +1073,7 @@ class StopExit(Dynamic):
             expected = logits(self.model(ids))
             h = self._trace(ids, None, {self.layers - 1})[self.layers - 1]
         except (RuntimeError, IndexError, AttributeError, KeyError) as error:
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            line = first_line(error)
             raise ValueError(f"model: it does not run on token ids (1, 4), whole or taken apart: {line}") from error
         found = self.decoder.head(self.decoder.normed(h))
         if not torch.isfinite(expected).all():

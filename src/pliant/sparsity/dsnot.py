@@ -67,16 +67,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.core import masks
-from pliant.core.activations import (
-    Observed,
-    StackedStatistics,
-    Statistics,
-    Variance,
-    is_matrix,
-    observe,
-    tell_apart,
-    token_masks,
-)
+from pliant.core.activations import Observed, StackedStatistics, Statistics, Variance, observe, tell_apart, token_masks
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
     Batch,
@@ -94,7 +85,7 @@ from pliant.core.inputs import (
     take,
     to_device,
 )
-from pliant.core.matrices import Bank, Matrix, matrices
+from pliant.core.matrices import Bank, Matrix, is_matrix, matrices
 from pliant.core.objective import Criterion, loss
 from pliant.core.sparse import compile_sparse
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from pliant.core.inputs import Input, call, device_of, evaluating, logits, removing, to_device
+from pliant.core.inputs import Input, call, device_of, evaluating, first_line, logits, removing, to_device
 from pliant.core.slicing import Group, NothingToCutError, Slicing
 from pliant.elastic.self_expanding.scores import geometry_of, keeping_random_state
 
@@ -206,7 +206,7 @@ def _attempt(model: nn.Module, site: Site, example: Input, before: Tensor) -> st
         with evaluating(trial), torch.no_grad():
             after = logits(call(trial, example))
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     scale = float(before.abs().max()) + 1e-6
     if after.shape != before.shape or not torch.allclose(after, before, rtol=1e-3, atol=1e-4 * scale):
         return "an added channel changes the output: its channels are read by more than the layers that were found"
