@@ -405,7 +405,7 @@ def test_fit_measures_saves_and_dropout_is_that_of_the_dense_network(tmp_path: A
     for point in n.points():
         assert torch.equal(other.use(point)(x), n.use(point)(x))
     assert n.tune(32, repeats=3)["blocks.0.fc1"]["loop"] == 1.0  # another way to run may differ in the last bit
-    config = n.config()
+    config = n.arguments()
     assert (config["split"], config["copies"], config["train"]) == (2, 2, None)
 
 

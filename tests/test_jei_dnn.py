@@ -574,7 +574,7 @@ def test_state_round_trip():
     x = torch.randn(8, 1, 12, 12)
     for p in a.points():
         assert torch.equal(a.use(p)(x), b.use(p)(x))
-    config = a.config()
+    config = a.arguments()
     assert config["cost_weights"] == [0.1, 0.8]
     assert config["im_weighting"] == "exit"
 

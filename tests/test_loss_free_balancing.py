@@ -923,8 +923,8 @@ def test_save_and_load(tmp_path: Any) -> None:
     assert isinstance(back, LossFreeBalancer)
     x = batch(7)[0]
     assert torch.equal(back.eval()(x), n(x))
-    assert back.config() == n.config()
-    assert back.config()["rate"] == 0.02
+    assert back.arguments() == n.arguments()
+    assert back.arguments()["rate"] == 0.02
     assert (back.steps, back.frozen, back.point) == (3, True, n.point)
     assert all(torch.equal(a, b) for a, b in zip(prices(n), prices(back), strict=True))
 

@@ -819,7 +819,7 @@ def test_config_structure_and_state_build_the_same_network() -> None:
     net = make(sparsity=(0.5, 0.8), mode="oneshot", points="geometric")
     train(net, 8)
     net.use({"sparsity": 0.5})
-    config = json.loads(json.dumps(net.config(), allow_nan=False))
+    config = json.loads(json.dumps(net.arguments(), allow_nan=False))
     structure = json.loads(json.dumps(net.structure(), allow_nan=False))
     other = RDPruning(cnn(9), images(2), **config)
     other.restructure(structure)
@@ -887,7 +887,7 @@ def test_fit_resumes_in_the_middle_of_a_phase_exactly(tmp_path: Any) -> None:
 
 def test_a_criterion_of_ones_own() -> None:
     net = make(criterion=lambda output, target: output.square().mean())
-    assert "criterion" not in net.config()
+    assert "criterion" not in net.arguments()
     x, y = data()[0]
     net.eval()
     assert torch.equal(net.loss((x, y)), net(x).square().mean())

@@ -378,7 +378,7 @@ def test_indices() -> None:
     listed = [{"width": 0.5, "depth": 0.5}, {"width": 1.0, "depth": 1.0}]
     net = SortedNet(Stack(), X[:2], width=(0.5, 1.0), depth=(0.5, 1.0), indices=listed)
     assert [str(p) for p in net.points()] == ["width=0.5 depth=0.5", "width=1 depth=1"]
-    assert net.config()["indices"] == listed
+    assert net.arguments()["indices"] == listed
     with pytest.raises(ValueError, match="is not a setting"):
         net.use(Point(width=0.5, depth=1.0))
 

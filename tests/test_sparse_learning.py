@@ -627,7 +627,7 @@ def test_ways_to_choose() -> None:
             copy.deepcopy(model) if callable(params) or isinstance(params[0], str) else model, params=params
         )
         assert list(net.active()) == names
-        assert net.config()["params"] == names
+        assert net.arguments()["params"] == names
     net = SparseLearning(Classifier(), density={"table.weight": 0.1, "*.weight": 0.5})
     assert net.active() == {"table.weight": 24, "hidden.weight": 120, "head.weight": 20}
     assert net.points() == [Point(sparsity=round(1 - 164 / 520, 9))]

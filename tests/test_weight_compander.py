@@ -541,7 +541,7 @@ def test_the_contract():
     with pytest.raises(ValueError, match="not a setting"):
         net.extract(Point(compander=2))
     assert "arctan, scale=3" in repr(net)
-    assert net.config()["fn"] == "arctan"
+    assert net.arguments()["fn"] == "arctan"
     mapping = WeightCompander(nn.Bilinear(6, 6, 4), (X, X), target_modules=("Bilinear",))
     assert mapping((X, X)).shape == (32, 4)
 

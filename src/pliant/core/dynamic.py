@@ -11,8 +11,8 @@
 
 Five more members have defaults that suit most methods: ``attach_optimizer(optimizer)``, ``epoch_end(validation)`` and
 ``finish(train)`` are called by ``fit`` (before the first step, after every epoch, and once after the last step),
-``parameter_groups`` tells an optimiser what decays, and ``config`` / ``structure`` tell ``save`` how to build the same
-network again.
+``parameter_groups`` tells an optimiser what decays, and ``arguments`` / ``structure`` tell ``save`` how to build the
+same network again.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class NotStaticError(RuntimeError):
 class Dynamic(nn.Module, ABC):
     """A plain ``nn.Module`` with a dial; see the module's docstring for the contract.
 
-    Subclasses keep their constructor arguments in attributes of the same names, so that ``config`` can tell them.
+    Subclasses keep their constructor arguments in attributes of the same names, so that ``arguments`` can tell them.
     The setting in use is ``self.point``, one of ``points()``; a new network stands at its largest.
     """
 
@@ -164,7 +164,7 @@ class Dynamic(nn.Module, ABC):
 
     # -- what ``save`` writes ---------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as JSON values, read from attributes of the same names.
 
         Arguments that hold code or data (modules, tensors, functions, iterables of batches) are left out;

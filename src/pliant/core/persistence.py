@@ -376,7 +376,7 @@ def save(net: Dynamic, folder: str | os.PathLike[str]) -> Path:
         raise TypeError(f"net: expected a pliant network, got {type(net).__name__}")
     where = Path(folder).resolve()
     tensors, aliases = state_of(net)
-    parts: dict[str, Any] = {"arguments": net.config(), "structure": net.structure()}
+    parts: dict[str, Any] = {"arguments": net.arguments(), "structure": net.structure()}
     example = getattr(net, "example", None)
     if example is not None and "example" in inspect.signature(type(net).__init__).parameters:
         parts["example"] = take(dict(example) if isinstance(example, Mapping) else example, slice(0, 2))

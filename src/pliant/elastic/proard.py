@@ -476,7 +476,7 @@ class ProARD(Dynamic):
         self.attack.check(example)
         self.model = model
         self.classes = _classes("model", model, example)
-        self.width, self.depth, self.expansion = width, depth, expansion  # as given, for ``config``
+        self.width, self.depth, self.expansion = width, depth, expansion  # as given, for ``arguments``
         self.axes = self._lay_axes(width, depth, expansion)
         self.space = self.axes.space
         self.matrices = self._make_matrices()
@@ -765,9 +765,9 @@ class ProARD(Dynamic):
 
     # -- what ``save`` writes -----------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments; a teacher or a rule of your own is given again to ``load``."""
-        found = super().config()
+        found = super().arguments()
         found["phases"] = _plain_phases(self.given_phases)
         if self.teacher == "given":
             found.pop("teacher")

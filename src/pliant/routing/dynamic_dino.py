@@ -583,9 +583,9 @@ class DynamicDINO(Dynamic):
             for s, m in zip(self.sites, self.mixtures(), strict=True)
         }
 
-    def config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return super().config() | {"train": None if self.train_names is None else list(self.train_names)}
+        return super().arguments() | {"train": None if self.train_names is None else list(self.train_names)}
 
     def extra_repr(self) -> str:
         """The options."""

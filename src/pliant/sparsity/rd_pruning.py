@@ -609,9 +609,9 @@ class RDPruning(Dynamic):
 
     # -- what ``save`` writes -------------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments as JSON values; ``points`` is a method, so its argument is kept elsewhere."""
-        return super().config() | {"points": self.points_grid}
+        return super().arguments() | {"points": self.points_grid}
 
     def structure(self) -> dict[str, Any]:
         """The setting in use, the phase of a training that is under way, and the zeros of every setting made so far."""

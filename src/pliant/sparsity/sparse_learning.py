@@ -486,10 +486,10 @@ class SparseLearning(Dynamic):
 
     # -- what ``save`` writes -------------------------------------------------------------------------------------
 
-    def config(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments; the masked parameters by their names, however they were chosen."""
         chosen = None if isinstance(self._density, dict) else list(self._densities)
-        return super().config() | {"density": self._density, "params": chosen}
+        return super().arguments() | {"density": self._density, "params": chosen}
 
     def structure(self) -> dict[str, Any]:
         """The updates made."""
