@@ -552,11 +552,11 @@ def test_training_by_hand_at_a_setting_is_kept_when_the_dial_turns() -> None:
 
 
 def test_a_setting_never_made_is_pruned_when_first_used_in_inference_mode_too() -> None:
-    net = make().eval()
+    net = make(every_point=True).eval()
     with torch.inference_mode():
         y = net.use({"sparsity": 0.9})(images())
     assert set(net.plans) == {Point(sparsity=0.5), Point(sparsity=0.9)}
-    assert torch.equal(y, make().eval().prune(0.9)(images()))
+    assert torch.equal(y, make(every_point=True).eval().prune(0.9)(images()))
     net.train()
     net.loss(data()[0]).backward()  # and it can be trained afterwards
     net.use(DENSE).use({"sparsity": 0.9})
@@ -606,7 +606,7 @@ def test_calibration_from_batches_is_read_once() -> None:
 
 
 def test_curves_can_be_used_again_for_another_target() -> None:
-    net = make()
+    net = make(every_point=True)
     plan = net.plan(0.5)
     again = net.plan(0.8, plan.curves)
     assert again.curves is plan.curves
@@ -643,12 +643,12 @@ def test_layer_collapse_is_capped() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": (0.5, 1.0)}, r"sparsity: 1.0 is not in \(0, 1\)"),
+        ({"sparsity": (0.5, 1.0)}, r"sparsity\[1\]: 1.0; allowed"),
         ({"sparsity": -0.1}, "sparsity: -0.1"),
-        ({"sparsity": 0.0}, "sparsity: 0.0 .* dense network is always"),
+        ({"sparsity": 0.0}, "sparsity: 0.0; allowed: a finite number above 0 and below 1"),
         ({"sparsity": math.nan}, "sparsity: nan"),
-        ({"sparsity": ()}, "sparsity: it is empty"),
-        ({"sparsity": (0.5, 0.5)}, "sparsity: .* twice"),
+        ({"sparsity": ()}, r"sparsity: \(\)"),
+        ({"sparsity": (0.5, 0.5)}, "sparsity: .* differ from each other"),
         ({"mode": "both"}, "mode: 'both'; allowed: 'iterative', 'oneshot'"),
         ({"reduce": "sum"}, "reduce: 'sum'"),
         ({"reference": "old"}, "reference: 'old'"),
@@ -657,7 +657,6 @@ def test_layer_collapse_is_capped() -> None:
         ({"cost": "macs", "allocation": "lamp"}, "cost: 'macs' needs allocation='rd'"),
         ({"points": 0}, "points: 0"),
         ({"points": "fine"}, "points: 'fine'"),
-        ({"points": True}, "points: True"),
         ({"max_layer_sparsity": 0.0}, "max_layer_sparsity: 0.0"),
         ({"max_layer_sparsity": 1.1}, "max_layer_sparsity: 1.1"),
         ({"warmup": 1.0}, "warmup: 1.0"),
@@ -699,7 +698,7 @@ def test_nan_in_the_output_is_told() -> None:
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 2.0, math.nan])
 def test_plans_for_impossible_sparsities(sparsity: float) -> None:
-    with pytest.raises(ValueError, match=r"not in \[0, 1\)"):
+    with pytest.raises(ValueError, match="sparsity: "):
         make().plan(sparsity)
 
 
