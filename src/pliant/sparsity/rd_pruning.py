@@ -97,7 +97,7 @@ DENSE = Point(sparsity=0.0)
 _NOISE_ROWS = 128
 _EXACT = 200_000  # of a table's columns
 _PARTIAL = 2_000_000  # partial answers that are followed
-_ANSWERS_HELD = 1 << 30  # bytes of module's answers that are kept at a time
+_ANSWERS_HELD = 1 << 30  # bytes of modules' answers that are kept at a time
 _COARSE = 10  # parts of a curve between whose ends it is measured first
 
 
@@ -155,8 +155,9 @@ class _Meter:
     """Measures d_l(k) for one layer and number of zeros after another.
 
     What the layer's change cannot reach is computed once: a module that had returned before the layer was first called
-    is replaced by its answer. The first point of a layer is measured both ways, and the short way is taken for the
-    others only where the two agree to the bit, so that a weight which is read before its layer is called does no harm.
+    is replaced by its answer. The answers are those of the most pruned layer; they are used only where with them the
+    layer as it was moves the output as it did, to the bit, so that a weight which is read before its layer is called
+    does no harm.
     """
 
     def __init__(
@@ -186,30 +187,35 @@ class _Meter:
         known = self.known.setdefault(layer, {0: self.start})
         try:
             with evaluating(self.model):
-                # From the most on: what changes the output most tells best whether the short way is right.
                 for k in sorted(counts, reverse=True):
                     gone = real[k]
                     if gone not in known:
                         flat = value.flatten().index_fill(0, order[:k], 0.0)
                         weight.parameter.copy_(flat.view(saved.shape))
-                        known[gone] = self._moved(layer)
+                        if layer in self.before:
+                            known[gone] = self._moved(self.before[layer])
+                        else:
+                            known[gone] = self._note(layer, saved)
         finally:
             weight.parameter.copy_(saved)
         return [known[real[k]] for k in counts]
 
-    def _moved(self, layer: int) -> float:
-        if layer not in self.before:
-            owners = {id(m) for m, _ in self.weights[layer].owners}
-            self.before[layer] = [_Answers(self.model, owners) for _ in self.data]
-            whole = _distortion(self.model, self.data, self.target, self.reduce, self.before[layer])
-            size = sum(a.freeze() for a in self.before[layer])
-            short = _distortion(self.model, self.data, self.target, self.reduce, self.before[layer])
-            if short != whole or not size or self.held + size > _ANSWERS_HELD:
-                self.before[layer] = []
-            else:
+    def _moved(self, answers: Sequence[_Answers] = ()) -> float:
+        return _distortion(self.model, self.data, self.target, self.reduce, answers)
+
+    def _note(self, layer: int, saved: Tensor) -> float:
+        """The movement as the layer is now; and the answers before it, if they hold for the layer as it was."""
+        weight = self.weights[layer]
+        answers = [_Answers(self.model, {id(m) for m, _ in weight.owners}) for _ in self.data]
+        found = self._moved(answers)
+        size = sum(a.freeze() for a in answers)
+        self.before[layer] = []
+        if size and self.held + size <= _ANSWERS_HELD:
+            weight.parameter.copy_(saved)
+            if self._moved(answers) == self.start:
+                self.before[layer] = answers
                 self.held += size
-            return whole
-        return _distortion(self.model, self.data, self.target, self.reduce, self.before[layer])
+        return found
 
 
 class _Answers:
@@ -265,7 +271,8 @@ class _Answers:
 
         if not self.frozen:
             self.ends: dict[int, int] = {}
-        modules = [m for m in self.model.modules() if "forward" not in vars(m)]
+        plain = [m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+        modules = [m for m in plain if "forward" not in vars(m)]
         for module in modules:
             module.forward = wrap(module, module.forward)
         try:
@@ -1104,6 +1111,9 @@ class _Bar:
 
             columns = (TextColumn(self.what), BarColumn(), MofNCompleteColumn(), TextColumn("points"))
             console = Console(stderr=True)
+            self.shown = console.is_terminal
+            if not self.shown:
+                return
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console, auto_refresh=False, transient=True)
             self.task = self.bar.add_task(self.what)
             self.bar.start()
