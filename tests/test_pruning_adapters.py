@@ -184,6 +184,26 @@ def test_3_the_sliced_network_is_the_masked_one(kind: str, seed: int) -> None:
     assert net.fuse().stages[0][0].conv1.out_channels == 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_3_pruning_takes_channels_away_and_changes_nothing_of_the_others(kind: str, tmp_path: Any) -> None:
+    net = disturb(small_run(kind=kind)[0])
+    whole = net.fuse()
+    first, second = (next(g.name for g in net.slicing.groups if g.name == name) for name in ("0", "3"))
+    fresh = small_run(kind=kind)[0]
+    for step, (a, b) in enumerate((([0, 2, 3, 5], [1, 2, 4]), ([2, 5], [1, 4]), ([5], [4]))):
+        net.set_kept({first: a, second: b})
+        if step == 1:  # what is stored is cut; the next step cuts it again
+            net = fresh.load_task(net.save_task(tmp_path / "task"))
+        small = net.fuse()
+        assert torch.equal(small[0].weight, whole[0].weight[a])
+        assert torch.equal(small[3].weight, whole[3].weight[b][:, a])
+        assert torch.equal(small[8].weight, whole[8].weight[:, b])
+        for layer, kept in ((0, a), (1, a), (3, b), (4, b)):
+            assert torch.equal(small[layer].bias, whole[layer].bias[kept])
+        assert torch.equal(small[1].running_mean, whole[1].running_mean[a])
+        assert torch.equal(small[4].running_var, whole[4].running_var[b])
+
+
 def test_4_learned_numbers_follow_the_formula() -> None:
     net, _, _ = mlp(rank=3)
     first, second = net.slicing.groups if net.slicing.groups[0].name == "0" else net.slicing.groups[::-1]
