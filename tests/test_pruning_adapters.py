@@ -204,6 +204,25 @@ def test_3_pruning_takes_channels_away_and_changes_nothing_of_the_others(kind: s
         assert torch.equal(small[4].running_var, whole[4].running_var[b])
 
 
+def test_3_training_moves_the_statistics_of_the_channels_that_are_kept() -> None:
+    net, train = small_run()
+    first, second = (next(g.name for g in net.slicing.groups if g.name == name) for name in ("0", "3"))
+    net.set_kept({first: [0, 2, 3, 5], second: [1, 4]})
+    before = {n: getattr(net._setting(), p).clone() for n, p in net._setting().names.items()}
+    small = net.fuse().train()
+    net.train()
+    for x, y in train:
+        net.loss((x, y)).backward()
+        small(x)
+    found = net._setting().own()
+    for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
+        assert torch.allclose(found[name], small.get_buffer(name), rtol=1e-4, atol=1e-6)
+        stored = getattr(net._setting(), net._setting().names[name])
+        gone = [1, 4] if name.startswith("1") else [0, 2, 3]
+        assert torch.equal(stored[gone], before[name][gone])
+    assert found["1.num_batches_tracked"] == before["1.num_batches_tracked"] + 3
+
+
 def test_4_learned_numbers_follow_the_formula() -> None:
     net, _, _ = mlp(rank=3)
     first, second = net.slicing.groups if net.slicing.groups[0].name == "0" else net.slicing.groups[::-1]
@@ -229,6 +248,8 @@ def test_5_the_base_never_changes_and_tasks_do_not_touch_each_other() -> None:
     net.add_task("other", classes=4)
     assert net.point == Point(task="other", density=1)
     assert net.eval()(x).shape == (6, 4)
+    assert {p.requires_grad for p in net.settings[0].parameters()} == {False}
+    assert all(p.requires_grad for p in net.settings[1].parameters())
     steps(net, (x, y % 4))
     net.prune(0.1, [(x, y % 4)])
     with torch.no_grad():
@@ -347,6 +368,8 @@ def test_10_block_adapters_are_kronecker_products_with_shared_prototypes() -> No
     steps(net, (x, y))
     gone = net.prune(0.5, [(x, y)])
     assert gone == round(0.5 * (5 * 6 + 4 * 5))
+    left = 5 * 6 + 4 * 5 - gone  # what is masked is neither stored nor counted
+    assert net.learned_numbers() == 3 * left + 3 * (2 * 2 + 2 * 2) + 10 + 8 + (8 * 3 + 3)
     steps(net, (x, y))
     net.eval()
     small = net.fuse()

@@ -136,7 +136,8 @@ def test_1_large_networks_are_allocated_exactly_too(seed: int) -> None:
     rng = np.random.default_rng(seed)
     curves, costs = [], []
     for layer in range(14):  # 390,000 weights and more: above what one table holds
-        numel = int(rng.integers(20_000, 45_000)) + layer
+        # In the last cases costs are so round that the best answer saves exactly what is asked.
+        numel = int(rng.integers(20_000, 45_000)) + layer if seed < 4 else 25_000 * int(rng.integers(1, 3))
         cost = [j * numel // 25 for j in range(26)]
         curve = np.cumsum(rng.exponential(size=26) * np.arange(26) ** 2)
         if seed % 2:
@@ -146,7 +147,7 @@ def test_1_large_networks_are_allocated_exactly_too(seed: int) -> None:
     whole = sum(max(c) for c in costs)
     assert whole > rd_pruning._EXACT
     for share in (0.05, 0.4, 0.75, 0.93, 1.0):
-        target = math.ceil(share * whole)
+        target = math.ceil(share * whole) if seed < 4 else math.ceil(share * whole / 1000) * 1000
         chosen = allocate(curves, costs, target)
         by_table = rd_pruning._by_table(curves, costs, target, 1)
         assert value(costs, chosen) >= target  # type: ignore[arg-type]
@@ -821,6 +822,21 @@ def test_a_second_training_starts_anew_from_the_dense_network() -> None:
     assert net.plans[net.point].source == DENSE
     for w, v in zip(net._weights, masks.prunable(cnn()), strict=True):
         assert torch.equal(w.value(), v.parameter * w.kept)
+
+
+def test_a_second_training_of_one_sparsity_starts_anew_too() -> None:
+    net = make(sparsity=0.5)
+    train(net, 8)
+    with torch.no_grad():
+        net.use(DENSE)
+        for w in net._weights:
+            w.parameter.copy_(w.parameter.flip(0))
+    net.schedule(0.0)
+    assert net.phase == 1
+    for w, v in zip(net._weights, masks.prunable(cnn()), strict=True):
+        assert torch.equal(w.value(), v.parameter.flip(0) * w.kept)
+        smallest = masks.magnitude_mask(v.parameter.flip(0), int((~w.kept).sum()))
+        assert torch.equal(w.kept, smallest)
 
 
 def test_a_training_that_was_broken_off_does_not_count_for_the_next_one() -> None:
