@@ -165,6 +165,14 @@ def to_device(x: Any, device: torch.device) -> Any:
     return map_tensors(x, lambda t: t.to(device, non_blocking=True))
 
 
+def follow_dtype(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nested structure in the precision that ``change``, what ``nn.Module._apply`` is given, would bring it to.
+
+    A network that keeps an example overrides ``_apply`` with this, so that ``.double()`` and ``.half()`` reach it.
+    """
+    return map_tensors(x, lambda t: t.to(change(torch.empty(0, dtype=t.dtype)).dtype))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter or buffer; CPU where it has none."""
     for tensor in [*module.parameters(), *module.buffers()]:
