@@ -163,6 +163,16 @@ def to_device(x: Any, device: torch.device) -> Any:
     return map_tensors(x, lambda t: t.to(device, non_blocking=True))
 
 
+def suited(x: Any, model: nn.Module) -> Any:
+    """An input as the model takes it now: on its device, and in its type where its parameters are all of one.
+
+    A network keeps the example that it was built with, and may be moved or cast afterwards.
+    """
+    device, kinds = device_of(model), {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtype = kinds.pop() if len(kinds) == 1 else None
+    return map_tensors(x, lambda t: t.to(device, dtype if t.is_floating_point() else None))
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter or buffer; CPU where it has none."""
     for tensor in [*module.parameters(), *module.buffers()]:
