@@ -77,6 +77,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    first_line,
     first_tensor,
     logits,
     next_token_loss,
@@ -432,7 +433,7 @@ class DuoLLM(Dynamic):
             for (name, parts), d in zip(found, _widths(self.model, self.example, found), strict=True):
                 big = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
                 if self.small is not None:
-                    sibling = self.small(big)
+                    sibling = _told("small", self.small, big)
                     if not isinstance(sibling, nn.Module):
                         raise TypeError(f"small: gave {type(sibling).__name__} for {name}; an nn.Module is needed")
                 else:
@@ -921,6 +922,14 @@ def _match(ffn: Any) -> Match | None:
     return check.text("ffn", ffn) if isinstance(ffn, str) else check.names("ffn", ffn, empty=False)
 
 
+def _told(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of the caller's says, its errors under the argument's name."""
+    try:
+        return function(*args)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name}: the function fails when it is called: {first_line(error)}") from error
+
+
 def _inside(name: str, value: Any) -> float:
     return check.number(name, value, above=0, below=1)
 
@@ -986,7 +995,7 @@ def _ffns(model: nn.Module, match: Match | None) -> list[tuple[str, list[nn.Modu
             elif all(hasattr(m, part) for part in _PARTS):
                 found.append(f"{name}.{'+'.join(_PARTS)}")
     elif callable(match):
-        found = [name for name, m in modules.items() if name and match(name, m)]
+        found = [name for name, m in modules.items() if name and _told("ffn", match, name, m)]
     else:
         for pattern in [match] if isinstance(match, str) else match:
             first, *rest = pattern.split("+")

@@ -59,6 +59,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    first_line,
     packed,
     rows_of,
     split_batch,
@@ -173,7 +174,10 @@ class JEIDNN(Dynamic):
         self.example = example
         self.plan = ExitPlan(model, example, exits)
         with torch.no_grad():
-            levels, _ = self.plan.collect(model, example, self._feature)
+            try:
+                levels, _ = self.plan.collect(model, example, self._feature)
+            except (RuntimeError, TypeError, IndexError) as error:
+                raise ValueError(f"feature: it fails on a hidden state of the model: {first_line(error)}") from error
         self.widths = tuple(z.shape[1] for z in levels)
         self.classes = prediction.shape[1]
         g, n, c = len(self.plan), len(weights), self.classes

@@ -648,7 +648,7 @@ class StopExit(Dynamic):
         self.eos_token_id = check.optional(check.whole, "eos_token_id", eos_token_id, at_least=0)
         self.parts = check.optional(check.function, "parts", parts)
         self.seed = check.seed("seed", seed)
-        self.decoder = TransformersParts(model) if parts is None else check.instance("parts", parts(model), Parts)
+        self.decoder = TransformersParts(model) if parts is None else _taken_apart(parts, model)
         self.model = model.requires_grad_(False).eval()
         self.layers = len(self.decoder.blocks)
         if self.layers < 2:
@@ -1296,6 +1296,16 @@ class _Decoding:
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _taken_apart(parts: Callable[[nn.Module], Parts], model: nn.Module) -> Parts:
+    """What the argument ``parts`` makes of the model."""
+    try:
+        found = parts(model)
+    except TypeError as error:
+        raise TypeError(f"parts: it does not take the model: {first_line(error)}") from error
+    made: Parts = check.instance("parts", found, Parts)
+    return made
 
 
 def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -384,6 +384,9 @@ class Consensus(Dynamic):
         self.seed = check.seed("seed", seed)
         self.criterion = check.optional(check.function, "criterion", criterion)
         check_example(model, example)
+        for pattern in self.exclude:
+            if not any(fnmatchcase(n, pattern) for n, _ in model.named_modules()):
+                raise ValueError(f"exclude: no module of the model is named {pattern!r}")
         self.example, self.model = example, model
         self.progress = 1.0  # until ``schedule`` says otherwise
         self.point = GATED

@@ -755,7 +755,7 @@ class FTWT(Dynamic):
         self.head_lr, self.backbone_lr = check.positive("head_lr", head_lr), check.positive("backbone_lr", backbone_lr)
         self.head_init: Init = check.choice("head_init", head_init, Init)
         self.delta = check.number("delta", delta, at_least=0)
-        self.execution = execution
+        self._execution: Execution = check.choice("execution", execution, Execution)
         self.groups = check.whole("groups", groups, at_least=1)
         self.criterion = check.optional(check.function, "criterion", criterion)
         self.seed = check.seed("seed", seed)
@@ -857,7 +857,7 @@ class FTWT(Dynamic):
 
     @execution.setter
     def execution(self, value: Execution) -> None:
-        self._execution: Execution = check.choice("execution", value, Execution)
+        self._execution = check.choice("execution", value, Execution)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # every image computes filters of its own
     def trace(
