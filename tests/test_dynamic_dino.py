@@ -428,7 +428,7 @@ def test_only_named_parts_learn() -> None:
         ({"expert_start": "zero"}, "expert_start: 'zero'"),
         ({"backend": "fast"}, "backend: 'fast'"),
         ({"split": 0}, "split: 0"),
-        ({"copies": 1.5}, "copies: 1.5"),
+        ({"copies": 0}, "copies: 0"),
         ({"router_std": -1.0}, "router_std: -1.0"),
         ({"aux_weight": float("nan")}, "aux_weight: nan"),
         ({"split": 5}, "split: 5 does not divide 'blocks.0.fc1', 32 units wide"),
@@ -443,7 +443,9 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 
 def test_other_bad_input() -> None:
     x, _ = data()
-    with pytest.raises(TypeError, match="sequence of name patterns"):
+    with pytest.raises(TypeError, match=r"copies: 1\.5"):
+        net(copies=1.5)
+    with pytest.raises(TypeError, match=r"targets: .*a sequence of at least one name"):
         net(targets="blocks")
     n = net()
     with pytest.raises(ValueError, match="converted already"):

@@ -631,7 +631,7 @@ def test_padding_is_neither_routed_nor_counted() -> None:
         ({"score": "relu"}, "score: 'relu'"),
         ({"groups": 3}, "groups"),
         ({"groups": 4, "top_groups": 2}, "groups of one expert"),
-        ({"groups": 2, "top_k": 3}, "top_k: 3; allowed: 1..2"),
+        ({"groups": 2, "top_k": 3}, "top_k: 3; allowed: a whole number from 1 to 2"),
         ({"scale": math.nan}, "scale"),
     ],
 )

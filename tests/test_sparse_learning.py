@@ -668,12 +668,12 @@ def test_the_first_masks() -> None:
         ({"params": []}, "leave nothing"),
         ({"params": [nn.Linear(2, 2)]}, "no weight of the model"),
         ({"params": ["head.weight", nn.Parameter(torch.zeros(2, 2))]}, "no weight of the model"),
-        ({"seed": 0.5}, "seed"),
+        ({"seed": -1}, "seed"),
         ({"params": lambda n, p: False}, "leave nothing"),
         ({"update_every": 0}, "update_every"),
         ({"total_steps": 0}, "total_steps"),
         ({"grad_window": 101}, "grad_window"),
-        ({"grad_window": 1.5}, "grad_window"),
+        ({"grad_window": 0}, "grad_window"),
         ({"alpha": 1.1}, "alpha"),
         ({"alpha": 0.1, "alpha_min": 0.2}, "alpha"),
         ({"drop": "movement"}, "drop"),
@@ -692,6 +692,9 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 def test_wrong_kinds() -> None:
     with pytest.raises(TypeError, match="model"):
         SparseLearning("model")  # type: ignore[arg-type]
+    for wrong in ({"seed": 0.5}, {"grad_window": 1.5}, {"explore": 1}, {"density": True}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: "):
+            SparseLearning(Classifier(), **wrong)
     with pytest.raises(TypeError, match="params"):
         SparseLearning(Classifier(), params="table.weight")
     with pytest.raises(TypeError, match="params"):
