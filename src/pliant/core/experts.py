@@ -155,6 +155,7 @@ class Experts(nn.Module):
         hidden = self.activation(up) if gate is None else self.activation(gate) * up
         return F.dropout(hidden, self.dropout, self.training)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as many products as experts have tokens, of any sizes
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Expert after expert on its slice of the sorted rows; one without tokens is skipped."""
         parts = []

@@ -824,7 +824,8 @@ def _find(balancer: LossFreeBalancer, model: nn.Module, names: Sequence[str]) ->
             sites.append(_Site(balancer, path or type(owner).__name__, attribute, owner, near))
     if not sites:
         raise ValueError(
-            f"model, names: no router found in {type(model).__name__}: no module has a tensor named {' or '.join(names)}"
+            f"model, names: no router found in {type(model).__name__}: no module has a tensor named "
+            + " or ".join(names)
         )
     return sites
 
