@@ -148,6 +148,7 @@ class Case:
     argument: str = "model"
     takes_example: bool = True
     targets_are_inputs: bool = False
+    loss_by_row: bool = False  # whether its criterion gives a loss for each row
 
     def __str__(self) -> str:
         return self.slug + (f"-{self.variant}" if self.variant else "")
@@ -208,7 +209,7 @@ CASES = [
     Case("structured-pruning-adapters", Plain, _images, {"rank": 2}),
     Case("structured-pruning-adapters", Plain, _images, {"rank": 2, "score": "weight"}, "weight"),
     Case("structured-pruning-adapters", Perceptron, lambda: _draw(8, 6), {"kind": "splopa", "block": (4, 2)}, "splopa"),
-    Case("jei-dnn", Images, _images, {"warmup": 0.2, "phase_batches": 2}),
+    Case("jei-dnn", Images, _images, {"warmup": 0.2, "phase_batches": 2}, loss_by_row=True),
     Case("code-completion-exit", decoder, _ids, takes_example=False, targets_are_inputs=True),
     Case("duo-llm", decoder, _ids, {"small_ratio": 0.25}, targets_are_inputs=True),
     Case("dynamic-dino", Tokens, lambda: _draw(8, 5, 8), {"copies": 2}),

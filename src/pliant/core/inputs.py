@@ -168,7 +168,8 @@ def to_device(x: Any, device: torch.device) -> Any:
 def follow_dtype(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A nested structure in the precision that ``change``, what ``nn.Module._apply`` is given, would bring it to.
 
-    ``Dynamic`` does so for ``example``; a network that keeps more overrides ``_apply`` with this, so that ``.double()`` and ``.half()`` reach it.
+    ``Dynamic`` does so for ``example``; a network that keeps more overrides ``_apply`` with this, so that
+    ``.double()`` and ``.half()`` reach it.
     """
     return map_tensors(x, lambda t: t.to(change(torch.empty(0, dtype=t.dtype)).dtype))
 

@@ -233,15 +233,16 @@ def fit(
 @contextmanager
 def _given_back(net: Dynamic) -> Iterator[None]:
     """After an exception the network has the modes and the setting that it came with, and no gradients."""
-    modes, point = [(m, m.training) for m in net.modules()], net.point
+    modes, point, training = [(m, m.training) for m in net.modules()], net.point, net.training
     try:
         yield
     except BaseException:
-        for module, training in modes:
-            module.training = training
-        net.zero_grad(set_to_none=True)
         with suppress(Exception):  # training may have changed which settings there are
             net.use(point)
+        net.zero_grad(set_to_none=True)
+        net.train(training)  # what the method made meanwhile
+        for module, flag in modes:
+            module.training = flag
         raise
 
 

@@ -497,6 +497,7 @@ class PruningAdapters(Dynamic):
         self._optimizer: Callable[[], Optimizer | None] | None = None
         self._sums: dict[str, Tensor] = {}  # scores since the epoch began, by layer
         self._epoch: dict[str, Tensor] = {}  # of the last whole epoch
+        self._scored_at = 0  # the setting that they belong to
 
     # -- construction -------------------------------------------------------------------------------------------
 
@@ -655,11 +656,19 @@ class PruningAdapters(Dynamic):
         outputs: dict[str, Tensor] | None = None
         if self.training and self.score != "weight" and torch.is_grad_enabled():
             outputs = {}
+            self._own_scores()
         value = loss(self._run(x, outputs), y, self.criterion)
         for name, output in (outputs or {}).items():
             if output.requires_grad:
                 output.register_hook(self._summing(name, output.detach()))  # type: ignore[no-untyped-call]
         return value
+
+    def _own_scores(self) -> None:
+        """Drop scores that another setting than the one in use has gathered: they are those of its own channels."""
+        at = self._all().index(self._setting())
+        if at != self._scored_at:
+            self._reset_scores()
+            self._scored_at = at
 
     def _summing(self, name: str, value: Tensor) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
@@ -675,6 +684,7 @@ class PruningAdapters(Dynamic):
         """
         if progress == 0.0:
             self.rounds = 0
+        self._own_scores()
         if not self.adapt <= progress < 1.0 or not (self.score == "weight" or self._epoch or self._sums):
             return
         total = math.ceil(round((1.0 - self.density[-1]) / self.step, 6))
@@ -819,6 +829,7 @@ class PruningAdapters(Dynamic):
         elif data is not None:
             sums = self._scored_on(data, kind)
         else:
+            self._own_scores()
             sums = self._epoch or _over_processes(self._sums)
             if not sums or kind != self.score:
                 raise RuntimeError(f"prune: no training step has summed up {kind!r} scores yet; give data=")
@@ -1265,6 +1276,7 @@ class PruningAdapters(Dynamic):
             for k, found in structure["scores"].items()
         }
         self._epoch, self._sums = scores["epoch"], scores["sums"]
+        self._scored_at = structure["at"]
         self.use(self._point_of(self._all()[structure["at"]]))
 
     def extra_repr(self) -> str:
