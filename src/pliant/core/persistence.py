@@ -15,10 +15,14 @@ import importlib
 import inspect
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
+import time
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +34,12 @@ from torch import Tensor, nn
 
 from pliant._version import __version__
 from pliant.core.dynamic import Dynamic, Point
-from pliant.core.inputs import take
+from pliant.core.inputs import first_line, take
 
 FORMAT = 1
 CONFIG, TENSORS = "config.json", "model.safetensors"
+_LARGEST_CONFIG = 1 << 28
+_ABANDONED = 3600.0  # seconds after which what an interrupted write left beside its folder is taken away
 _STATE, _EXTRA = "state.", "extra."  # prefixes inside the tensor file: the state dict, and everything else
 
 
@@ -148,10 +154,42 @@ def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dic
         FileNotFoundError: there is no such file.
         DamagedError: it is truncated, is no such file, or has another ``sha256``.
     """
-    data = Path(path).read_bytes()
+    data = _read(Path(path), _tensor_bytes(Path(path)))
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedError(f"{path}: its contents differ from what was saved (sha256 mismatch): truncated or altered")
     return _decode(data, str(path))
+
+
+def _tensor_bytes(path: Path) -> int:
+    """The size that a safetensors file's own header gives it; a file of any other size is not read at all.
+
+    A header is at most 100 MB, as the format says. A file of holes can claim a size that no memory holds.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(100_000_000, size - 8):
+            raise DamagedError(f"{path}: not a safetensors file, or truncated (its header cannot be read)")
+        try:
+            header = json.loads(file.read(length).decode("utf-8"))
+            ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
+            raise DamagedError(f"{path}: not a safetensors file, its header is no such table ({error})") from None
+    wanted = 8 + length + max(ends, default=0)
+    if size != wanted:
+        raise DamagedError(f"{path}: has {size} bytes where its header tells {wanted}; truncated or altered")
+    return size
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The contents of a file of at most ``limit`` bytes."""
+    size = path.stat().st_size
+    if size > limit:
+        raise DamagedError(f"{path}: has {size} bytes, more than the {limit} that it may have")
+    try:
+        return path.read_bytes()
+    except MemoryError as error:
+        raise DamagedError(f"{path}: its {size} bytes do not fit into the memory") from error
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -228,6 +266,16 @@ def write_folder(folder: Path, kind: str, manifest: Mapping[str, Any], tensors: 
         raise
     if moved:
         shutil.rmtree(former, ignore_errors=True)
+    _take_away_leftovers(folder)
+
+
+def _take_away_leftovers(folder: Path) -> None:
+    """Remove what writes of ``folder`` left that were killed long ago, now that a whole one stands there."""
+    pattern = re.compile(re.escape(f".{folder.name}.") + r"[0-9a-f]{8}\.(tmp|old)")
+    for path in folder.parent.iterdir():
+        with suppress(OSError):
+            if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(path)
 
 
 def is_ours(folder: Path, kind: str) -> bool:
@@ -274,7 +322,9 @@ def _check_ours(folder: Path, kind: str) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        found = json.loads(path.read_bytes().decode("utf-8"))
+        found = json.loads(_read(path, _LARGEST_CONFIG).decode("utf-8"))
+    except DamagedError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: not readable as JSON, truncated or altered ({error})") from None
     if not isinstance(found, dict) or "pliant" not in found or "format" not in found:
@@ -340,6 +390,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mappin
     Raises:
         DamagedError: a name or a shape does not fit the module.
     """
+    if not isinstance(aliases, Mapping) or not all(isinstance(v, str) for v in aliases.values()):
+        raise DamagedError(f"{where}: its aliases are no table of names")
     missing = [target for target in aliases.values() if target not in tensors]
     if missing:
         raise DamagedError(f"{where}: the tied tensor {missing[0]!r} is missing")
@@ -353,7 +405,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], aliases: Mappin
             )
     try:
         module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except Exception as error:  # a module's own way of loading may raise anything
         detail = " ".join(str(error).split())
         raise DamagedError(f"{where}: the tensors do not fit this {type(module).__name__}: {detail}") from None
 
@@ -403,10 +455,21 @@ def save(net: Dynamic, folder: str | os.PathLike[str]) -> Path:
     if example is not None and "example" in inspect.signature(type(net).__init__).parameters:
         parts["example"] = take(dict(example) if isinstance(example, Mapping) else example, slice(0, 2))
     packed, extra = pack(parts)
-    manifest = {"class": _path_of(net), **packed, "point": dict(net.point), "aliases": aliases}
+    manifest = {"class": _path_of(net), **packed, "point": dict(net.point), "aliases": aliases, "given": _given(net)}
     named = {_STATE + k: v for k, v in tensors.items()} | {_EXTRA + k: v for k, v in extra.items()}
     write_folder(where, "network", manifest, named)
     return where
+
+
+def _given(net: Dynamic) -> list[str]:
+    """Optional arguments that hold code or data, which the caller gave and the files cannot hold."""
+    own = vars(net) | net._modules
+    saved = net.arguments()
+    return [
+        p.name
+        for p in inspect.signature(type(net).__init__).parameters.values()
+        if p.default is None and p.name != "example" and own.get(p.name) is not None and p.name not in saved
+    ]
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None, **given: Any) -> Dynamic:
@@ -431,16 +494,26 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, **given
     module, _, name = path.partition(":")
     cls = getattr(importlib.import_module(module), name)
     arguments = _arguments(cls, manifest, tensors, where, given if model is None else given | {"model": model})
-    net: Dynamic = cls(**arguments)
+    for name in manifest.get("given", []):
+        if name not in arguments:
+            warnings.warn(
+                f"{name}: the saved network had one of its own, which files cannot hold; without {name}= in this call "
+                f"the loaded one has the default",
+                stacklevel=2,
+            )
     extra = _under(_EXTRA, tensors)
     try:
+        net: Dynamic = cls(**arguments)
         net.restructure(unpack(manifest["structure"], extra))
-        point = Point(**manifest["point"])
-        aliases = dict(manifest["aliases"])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DamagedError(f"{where}: structure, point or aliases are not what {path} writes: {error!r}") from error
-    load_state(net, _under(_STATE, tensors), aliases, where)
-    net.use(point)
+        load_state(net, _under(_STATE, tensors), manifest["aliases"], where)
+        net.use(Point(**manifest["point"]))
+    except SavedFileError:
+        raise
+    except Exception as error:  # what was altered may break anything; a model that does not fit ends here too
+        raise DamagedError(
+            f"{where}: no {path} can be built from its arguments, structure and point with what was given: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
     return net.eval()
 
 
@@ -451,6 +524,8 @@ def _arguments(
     signature = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     names = {p.name for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     extra = _under(_EXTRA, tensors)
+    if not isinstance(manifest.get("given", []), list):
+        raise DamagedError(f"{where}: its list of given arguments is none")
     arguments = unpack(manifest.get("arguments", {}), extra)
     if not isinstance(arguments, dict):
         raise DamagedError(f"{where}: its arguments are not a mapping")
