@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -629,7 +630,7 @@ def test_bad_arguments_are_named(options: dict, message: str) -> None:
 
 def test_other_bad_input() -> None:
     x, y = batch()
-    with pytest.raises(TypeError, match="sequence of name patterns"):
+    with pytest.raises(TypeError, match=r"blocks: .*a sequence of at least one name"):
         gated(blocks="stages")
     net = gated()
     with pytest.raises(RuntimeError, match="no forward has run"):
@@ -654,3 +655,127 @@ def test_other_bad_input() -> None:
     with pytest.raises(ValueError, match="'block' runs 2 times"):
         Consensus(Twice(), x)
     del y
+
+
+# -- what a point says, ties, threads, and failures ---------------------------------------------------------------
+
+
+def test_a_point_says_what_was_reached() -> None:
+    net = gated(keep=0.25)
+    assert net.points() == [Point(sparsity=0.75), GATED]  # what is asked, before anything was found
+    net.use(Point(sparsity=0.75))
+    net.eval().find_consensus(batch()[0])  # all gates are open
+    assert net.points()[0] == net.point == Point(sparsity=0.0)
+    shut(net, 0, 3)
+    reached = float(net.costs[[0, 3]].sum() / net.costs.sum())
+    assert net.points()[0]["sparsity"] == pytest.approx(reached, abs=1e-6)
+    assert net.points()[0]["sparsity"] == pytest.approx(1 - net.report().kept, abs=1e-6)
+    assert net.use(Point(sparsity=0.75)).point == net.points()[0]  # what was asked names it still
+    with pytest.raises(ValueError, match="not a setting"):
+        net.use(Point(sparsity=0.5))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_a_tie_stays_open(granularity: str) -> None:
+    net = gated(granularity=granularity).eval()
+    net.means.fill_(0.5)
+    net.found.fill_(True)
+    x = batch()[0]
+    assert net.points()[0] == Point(sparsity=0.0)
+    assert net.report().kept == net.report().flops == 1.0
+    assert torch.equal(net.extract(net.points()[0])(x), net.model(x))
+    assert torch.equal(net.use(net.points()[0])(x), net.model(x))
+    net.means.fill_(0.4999)
+    assert net.points()[0] == Point(sparsity=1.0)
+    assert not torch.allclose(net.use(net.points()[0])(x), net.model(x))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_four_threads_answer_as_one(granularity: str) -> None:
+    net = gated(granularity=granularity)
+    for head in net.heads:
+        torch.nn.init.normal_(head.second.weight)
+        torch.nn.init.zeros_(head.second.bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net.eval().find_consensus(batch()[0])
+    inputs = [torch.randn(4, 1, 8, 8) for _ in range(4)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for point in net.points():
+            net.use(point)
+            with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+                alone = [net(x) for x in inputs]
+                for _ in range(8):
+                    for a, b in zip(alone, pool.map(net, inputs), strict=True):
+                        assert torch.equal(a, b)
+    finally:
+        sys.setswitchinterval(before)
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in net.model.modules())
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_every_point_answers_compiled_as_it_does_uncompiled(granularity: str) -> None:
+    net = shut(gated(granularity=granularity), 0)
+    x = batch()[0]
+    for backend in ("eager", "aot_eager"):
+        compiled = torch.compile(net, backend=backend)
+        for point in (*net.points(), *net.points()[::-1]):
+            net.use(point)
+            assert torch.equal(compiled(x), net(x))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_a_criterion_that_fails_leaves_the_network_as_it_was(granularity: str) -> None:
+    calls = []
+
+    def criterion(y: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(t))
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return F.cross_entropy(y, t)
+
+    net = gated(granularity=granularity, criterion=criterion).train()
+    net.loss(batch())
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with pytest.raises(RuntimeError, match="boom"):
+        net.loss(batch())
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert (net.point, net.training) == (GATED, True)
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in net.model.modules())
+
+
+def test_recalibration_that_fails_leaves_the_statistics() -> None:
+    net = gated().eval()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="data: it holds no batches"):
+        net.recalibrate([])
+    with pytest.raises(RuntimeError):
+        net.recalibrate([batch()[0], torch.randn(2, 3, 8, 8)])
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert net.point == GATED
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_what_is_not_a_number_counts_for_no_gate(granularity: str) -> None:
+    net = gated(granularity=granularity).train()
+    x, y = batch()
+    net.schedule(0.0)
+    net.loss((x, y))
+    before = net.lowest.clone(), net.highest.clone()
+    assert bool((net.lowest == 1).all())
+    net.model.eval()  # so that the norms keep their statistics
+    net.loss((x * float("nan"), y))
+    assert torch.equal(net.lowest, before[0])
+    assert torch.equal(net.highest, before[1])
+    with pytest.raises(ValueError, match="data: the gates' logits"):
+        net.find_consensus(x * float("nan"))
+    assert bool((net.means == 1).all())
+    assert not net.found
+
+
+def test_one_text_is_no_sequence_of_names() -> None:
+    for name in ("exclude", "blocks"):
+        with pytest.raises(TypeError, match=f"{name}: 'head'; allowed: a sequence"):
+            gated(**{name: "head"})

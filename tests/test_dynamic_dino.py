@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -428,7 +430,7 @@ def test_only_named_parts_learn() -> None:
         ({"expert_start": "zero"}, "expert_start: 'zero'"),
         ({"backend": "fast"}, "backend: 'fast'"),
         ({"split": 0}, "split: 0"),
-        ({"copies": 1.5}, "copies: 1.5"),
+        ({"copies": 0}, "copies: 0"),
         ({"router_std": -1.0}, "router_std: -1.0"),
         ({"aux_weight": float("nan")}, "aux_weight: nan"),
         ({"split": 5}, "split: 5 does not divide 'blocks.0.fc1', 32 units wide"),
@@ -443,7 +445,9 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 
 def test_other_bad_input() -> None:
     x, _ = data()
-    with pytest.raises(TypeError, match="sequence of name patterns"):
+    with pytest.raises(TypeError, match=r"copies: 1\.5"):
+        net(copies=1.5)
+    with pytest.raises(TypeError, match=r"targets: .*a sequence of at least one name"):
         net(targets="blocks")
     n = net()
     with pytest.raises(ValueError, match="converted already"):
@@ -458,3 +462,100 @@ def test_other_bad_input() -> None:
     with pytest.raises(ValueError, match=r"'activation_fn' of 'blocks.0.fc1' is not elementwise"):
         DynamicDINO(model, x)
     assert set(kept) == set(model.state_dict())  # nothing was converted by halves
+
+
+# -- gates, precision, defaults -------------------------------------------------------------------------------------
+
+
+def test_9_straight_through_gates_are_one_and_scaled_ones_are_not() -> None:
+    x = torch.randn(9, 8)
+    outputs, gradients = {}, {}
+    for gate in GATES:
+        moe, _ = mixture(2, 4, gate)
+        with torch.no_grad():
+            moe.router.add_(torch.randn(moe.router.shape, generator=torch.Generator().manual_seed(3)))  # unequal logits
+        outputs[gate] = moe(x)
+        outputs[gate].square().sum().backward()
+        gradients[gate] = moe.router.grad
+    assert torch.equal(outputs["ste"], outputs["hard"])
+    assert (outputs["ste"] - outputs["scaled"]).abs().max() > 1e-3
+    assert gradients["hard"] is None
+    assert bool(gradients["ste"].any())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_2_the_router_is_in_float32_whatever_the_network_is_in(dtype: torch.dtype) -> None:
+    n = net().to(dtype)
+    for moe in n.mixtures():
+        assert moe.router.dtype is torch.float32
+        assert moe.experts.up.dtype is dtype
+        x = torch.randn(50, moe.experts.features, dtype=dtype)
+        moe(x)
+        probability, chosen = moe.routed
+        assert probability.dtype is torch.float32
+        assert torch.equal(probability, F.linear(x.float(), moe.router).softmax(-1))
+        assert torch.equal(chosen // 2, (chosen // 2)[:, :1].expand(-1, 2))  # the slices of one copy: no ties between
+
+
+def test_defaults_are_the_papers() -> None:
+    found = {n: p.default for n, p in inspect.signature(DynamicDINO.__init__).parameters.items()}
+    assert (found["split"], found["split"] * found["copies"]) == (2, 16)  # the best setting: 2 of 16
+    assert (found["aux_weight"], found["router_std"]) == (0.01, 0.02)
+    assert (found["router_start"], found["expert_start"], found["gate"]) == ("replicated", "allocated", "ste")
+
+
+def test_random_experts_start_as_linear_layers_do() -> None:
+    n = net(expert_start="random")
+    bank = n.mixtures()[0].experts  # 16 features, slices of 16 units out of 32
+    for tensor, width in ((bank.up, bank.features), (bank.down, bank.hidden)):
+        assert 0.95 * width**-0.5 < float(tensor.abs().max()) <= width**-0.5
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_every_point_answers_compiled_as_it_does_uncompiled(backend: str) -> None:
+    n = net().eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(n, backend=backend)
+    points = [n.points()[0], n.points()[1], n.points()[-1]]
+    for point in (*points, *points[::-1]):
+        n.use(point)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(data()[0]), n(data()[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_four_threads_answer_as_one() -> None:
+    n = net().eval()
+    inputs = [torch.randn(4, 6, 16) for _ in range(4)]
+    for point in (n.points()[0], n.points()[-1]):
+        n.use(point)
+        with ThreadPoolExecutor(4) as pool:
+            alone = [n(x) for x in inputs]
+            for _ in range(3):
+                for a, b in zip(alone, pool.map(n, inputs), strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_what_fails_leaves_the_network_as_it_was() -> None:
+    def criterion(y: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(t))
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return F.cross_entropy(y, t)
+
+    calls: list[int] = []
+    n = net(criterion=criterion).train()
+    n.use(Point(copy=1))
+    n.loss(data())
+    before = copy.deepcopy(n.state_dict())
+    with pytest.raises(RuntimeError, match="boom"):
+        n.loss(data())
+    with pytest.raises(RuntimeError):
+        n.stats([torch.randn(2, 6, 16), torch.randn(2, 6, 3)])
+    assert all(torch.equal(t, before[name]) for name, t in n.state_dict().items())
+    assert (n.point, n.training) == (Point(copy=1), True)
+    assert all(moe.copy == 1 for moe in n.mixtures())
+    model = Net()
+    kept = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="train: no module"):
+        DynamicDINO(model, data()[0], train=("nothing",))
+    assert set(kept) == set(model.state_dict())  # nothing was converted

@@ -140,3 +140,22 @@ def test_dropout_and_bad_input() -> None:
     with pytest.raises(ValueError, match="x, chosen, weights"):
         bank(torch.randn(5, 7), chosen, weights)
     assert isinstance(bank, nn.Module)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_experts_start_as_linear_layers_do(gated: bool) -> None:
+    bank = Experts(4, 256, 64, gated=gated)  # fan in of up and gate: 4, of down: 256
+    for matrix, bias, width in (
+        (bank.up, bank.up_bias, 4),
+        (bank.gate, bank.gate_bias, 4),
+        (bank.down, bank.down_bias, 256),
+    ):
+        if matrix is None:
+            continue
+        linear = nn.Linear(matrix.shape[2], matrix.shape[1])
+        for found, like in ((matrix, linear.weight), (bias, linear.bias)):
+            assert found is not None
+            bound = width**-0.5
+            assert 0.98 * bound < float(found.abs().max()) <= bound
+            assert float(like.abs().max()) <= bound
+            assert float(found.std()) == pytest.approx(bound / 3**0.5, rel=0.08)

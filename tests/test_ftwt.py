@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -722,13 +723,107 @@ def test_triples_gate_behind_a_module_of_ones_own() -> None:
         FTWT(model, images(2), where=[("0", "1", "x")])
 
 
+class Shares(nn.Module):
+    """A residual block of the usual kind: one activation for both of its layers, and for what comes before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True)
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.head(self.relu(x + self.bn2(self.conv2(y))).mean((2, 3)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [("conv1",), ("conv1", "conv2"), ("stem", "conv1", "conv2")])
+def test_an_activation_may_be_that_of_several_layers(names: tuple[str, ...]) -> None:
+    model: Any = settled(Shares())
+    where = [(n, {"conv1": "bn1", "conv2": "bn2"}.get(n), "relu") for n in names]
+    net = FTWT(model, images(2), where=where).eval()
+    assert [layer.name for layer in net.layers] == list(names)
+    x, masks = images(5), random_masks(net, 5)
+    of = {n: m[:, :, None, None] for n, m in zip(names, masks, strict=True)}
+    h = F.relu(model.stem(x)) * of.get("stem", 1)
+    y = F.relu(model.bn1(model.conv1(h))) * of.get("conv1", 1)
+    z = F.relu(h + model.bn2(model.conv2(y))) * of.get("conv2", 1)
+    for execution in ("masked", "grouped", "union"):
+        found = net.trace(x, masks, execution=execution)  # type: ignore[arg-type]
+        assert torch.allclose(found.output, model.head(z.mean((2, 3))), atol=1e-5)
+    assert torch.equal(net.trace(x, labels=True).labels[0], mass_labels(peaks(found_o(model, x, names[0])), net.mass))
+
+
+def found_o(model: Any, x: Tensor, name: str) -> Tensor:
+    h = F.relu(model.stem(x))
+    return h if name == "stem" else F.relu(model.bn1(model.conv1(h)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_heads_may_read_a_grid(pool: Any) -> None:
+    net = make(pool=pool, embedding=24, norm="l2")
+    assert [h.in_features for h in net._heads] == [25, 24, 32]  # 1 x 5 x 5, 6 x 2 x 2, 8 x 2 x 2
+    x = images(3)
+    found = F.adaptive_max_pool2d(x, 5) if pool == "max" else F.adaptive_avg_pool2d(x, 5)
+    torch.testing.assert_close(net.trace(x).scores[0], net.heads[0](F.normalize(found.flatten(1), dim=1)))
+    assert [h.in_features for h in make(embedding=1)._heads] == [1, 6, 8]  # one place at least
+    assert torch.equal(make(embedding=1).trace(x).scores[0], make().trace(x).scores[0])
+    stats = net.stats(images(4))
+    assert stats.head_macs == sum(h.weight.numel() for h in net._heads) + 64 + 6 * 16 + 8 * 4
+
+
+def test_every_point_answers_compiled_as_it_does_uncompiled() -> None:
+    net = make("resnet")
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(net, backend=backend)
+        for point in (*net.points(), *net.points()[::-1]):
+            net.use(point)
+            assert torch.allclose(compiled(images(4)), net(images(4)), atol=1e-5)
+
+
+def test_four_threads_answer_as_one() -> None:
+    net = make("resnet")
+    inputs = [images(4, seed) for seed in range(4)]
+    for point in net.points():
+        net.use(point)
+        alone = [net(x) for x in inputs]
+        with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                for a, b in zip(alone, pool.map(net, inputs), strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_a_criterion_that_fails_leaves_no_hook() -> None:
+    calls = []
+
+    def criterion(y: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(t))
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return F.cross_entropy(y, t)
+
+    net = FTWT(settled(Shares()), images(2), where=[("conv1", "bn1", "relu")], criterion=criterion).train()
+    net.loss(batch())
+    before = [(n, p.detach().clone()) for n, p in net.named_parameters()]
+    with pytest.raises(RuntimeError, match="boom"):
+        net.loss(batch())
+    assert all(torch.equal(p, dict(net.named_parameters())[n]) for n, p in before)
+    assert (net.point, net.training) == (net.points()[0], True)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mass": 0.0}, r"mass: 0.0 is not in \(0, 1\]"),
+        ({"mass": 0.0}, "mass: 0.0; allowed"),
         ({"mass": 1.5}, "mass"),
         ({"mass": math.nan}, "mass"),
         ({"label": "best"}, "label: 'best'; allowed: 'mass', 'uniform'"),
@@ -745,7 +840,8 @@ def test_triples_gate_behind_a_module_of_ones_own() -> None:
         ({"groups": 0}, "groups"),
         ({"where": ["nope"]}, "where: the model has no module named 'nope'"),
         ({"where": [("0", "1")]}, r"where: .*allowed"),
-        ({"where": []}, "where: it is empty"),
+        ({"where": []}, r"where: \[\]; allowed"),
+        ({"embedding": 0}, "embedding: 0"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
@@ -760,7 +856,7 @@ def test_bad_models_and_data() -> None:
         FTWT("cnn", images(2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keeps no running statistics"):
         FTWT(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2, track_running_stats=False)), images(2))
-    with pytest.raises(TypeError, match="where: expected a sequence"):
+    with pytest.raises(TypeError, match="where: '0'; allowed: a sequence"):
         make(where="0")
     net = make()
     with pytest.raises(ValueError, match="data: it holds no samples"):

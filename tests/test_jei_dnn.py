@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from pliant.core.inputs import evaluating
 from pliant.core.rows import block_rows
 from pliant.routing.jei_dnn import (
     JEIDNN,
+    Conformal,
     ThresholdExit,
     conformal_quantile,
     gate_loss,
@@ -219,7 +221,8 @@ def test_the_three_scores(score):
         a = net._joint_logits(levels)
         every = torch.cat((a[0], final[:, None]), 1)
         p = every.softmax(-1)[torch.arange(16), :, y]
-        value = {"ce": -p.log(), "error": (every.argmax(-1) != y[:, None]).float(), "confidence": -p}[score]
+        right = every.argmax(-1) == y[:, None]
+        value = {"ce": -p.log(), "error": (~right).float(), "confidence": -p * right}[score]
         _, best = net._targets(a, final, y)
     torch.testing.assert_close(value.gather(1, best[0][:, None]).squeeze(1), value.amin(1))
 
@@ -742,3 +745,111 @@ def test_the_decision_is_that_of_the_distribution():
         found = net.decide(x)
     assert torch.equal(found.exit, first_exit(p))
     torch.testing.assert_close(found.exit_probability.sum(1), torch.ones(30))
+
+
+def test_confidence_counts_where_the_answer_is_right_alone():
+    net = network(gate_score="confidence", cost_weights=(0.0,))
+    a = torch.full((1, 1, len(net.plan), 4), -20.0)
+    a[..., 1] = 0.0  # wrong at every exit, its right class all the likelier the later
+    a[0, 0, :, 0] = torch.linspace(-5, -1, len(net.plan))
+    final = torch.tensor([[0.0, 9.0, 0.0, 0.0]])
+    _, best = net._targets(a, final, torch.tensor([0]))
+    assert best.item() == 0  # all score 0: the first; by -p_y alone it would be the last
+    a[0, 0, 2] = torch.tensor([3.0, 0.0, 0.0, 0.0])
+    assert net._targets(a, final, torch.tensor([0]))[1].item() == 2
+
+
+def test_single_trains_each_sample_at_the_exit_that_it_takes():
+    net = begin(spread(network(im_weighting="single")), "im")
+    with torch.no_grad():
+        net.gate_bias[0, 2] = -1e4  # nobody leaves at this one
+    x, y = batches(1)[0]
+    levels, final, _ = net._inputs((x, y))
+    a = net._joint_logits(levels)
+    with torch.no_grad():
+        exit_ = first_exit(exit_distribution(net._gate_logits(a).sigmoid()))
+    every = torch.cat((a, final[None, :, None].expand(2, -1, 1, -1)), 2)
+    rows = torch.arange(len(y))
+    answers = [F.cross_entropy(every[i, rows, exit_[i]], y) for i in range(2)]
+    plain = F.cross_entropy(net._plain_logits(levels).transpose(1, 2), y[:, None].expand(-1, len(net.plan)))
+    torch.testing.assert_close(net.loss((x, y)), sum(answers) + plain)
+    net.loss((x, y)).backward()
+    taken = {int(e) for e in exit_[0]}
+    assert len(taken) > 1
+    assert 2 not in taken
+    for k, w in enumerate(net.head_weight):  # those that nobody leaves at learn nothing
+        assert bool(w.grad[0].any()) == (k in taken)
+
+
+def test_sets_of_an_exit_that_twenty_took_are_those_of_all():
+    scores = torch.linspace(0, 1, 100)[:, None].repeat(1, 2)
+    for taken, alone in ((20, False), (21, True)):
+        exits = torch.ones(100, dtype=torch.long)
+        exits[:taken] = 0
+        found = Conformal(None, scores, exits).quantile(0, 0.1)
+        assert found == conformal_quantile(scores[:taken, 0] if alone else scores[:, 0], 0.1)
+
+
+def test_extract_follows_the_type_of_the_model():
+    net = spread(network()).double()
+    x = torch.randn(3, 1, 12, 12, dtype=torch.float64)
+    for k in range(len(net.plan) + 1):
+        small = net.extract({"exit": k})
+        assert torch.equal(small(x), net.use({"exit": k})(x))
+        assert small(x).dtype is torch.float64
+
+
+def test_every_point_answers_compiled_as_it_does_uncompiled():
+    net = spread(network())
+    usual = ThresholdExit(net, target_costs=(0.5,)).calibrate(batches(2))
+    x = batches(1)[0][0]
+    for one in (net, usual):
+        for backend in ("eager", "aot_eager"):
+            compiled = torch.compile(one, backend=backend)
+            for point in (*one.points(), *one.points()[::-1]):
+                one.use(point)
+                assert torch.equal(compiled(x), one(x))
+
+
+def test_four_threads_answer_as_one():
+    net = spread(network())
+    inputs = [x for x, _ in batches(4, 8)]
+    for point in net.points():
+        net.use(point)
+        alone = [net(x) for x in inputs]
+        with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                for a, b in zip(alone, pool.map(net, inputs), strict=True):
+                    assert torch.equal(a, b)
+
+
+def test_a_criterion_that_fails_leaves_the_network_as_it_was():
+    calls = []
+
+    def criterion(a, y):
+        calls.append(len(y))
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return F.cross_entropy(a, y, reduction="none")
+
+    net = network(criterion=criterion).train()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="boom"):
+        net.loss(batches(1)[0])
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert (net.phase, net.training, net.model.training) == ("warmup", True, False)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_predictions_that_are_not_finite_are_no_validation():
+    net = network()
+    x, y = batches(1)[0]
+    with pytest.raises(ValueError, match=r"validation: .*NaN"):
+        ThresholdExit(net).calibrate([(x * math.nan, y)])
+    net.clock[0] = 1
+    net.epoch_end(batches(2))
+    before = copy.deepcopy(net.state_dict())
+    net.epoch_end([(x * math.nan, y)])
+    assert torch.equal(net.best_score, before["best_score"])
+    assert torch.equal(net.best_joint, before["best_joint"])
+    assert torch.isfinite(net.pos_weights).all()

@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -631,7 +632,7 @@ def test_padding_is_neither_routed_nor_counted() -> None:
         ({"score": "relu"}, "score: 'relu'"),
         ({"groups": 3}, "groups"),
         ({"groups": 4, "top_groups": 2}, "groups of one expert"),
-        ({"groups": 2, "top_k": 3}, "top_k: 3; allowed: 1..2"),
+        ({"groups": 2, "top_k": 3}, "top_k: 3; allowed: a whole number from 1 to 2"),
         ({"scale": math.nan}, "scale"),
     ],
 )
@@ -1090,3 +1091,68 @@ def test_prices_of_another_name_or_shape() -> None:
         LossFreeBalancer(Own((4,)), names=("my_bias",))
     with pytest.raises(ValueError, match="shape"):
         LossFreeBalancer(Own((2, 2)), names=("my_bias",), top_ks=(2,))
+
+
+# -- what does not count ----------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_are_not_numbers_move_no_price() -> None:
+    n = net().train()
+    x, y = batch()
+    n.loss((x, y)).backward()
+    expected = [site.tally.clone() for site in n.sites]
+    for module in n.model.modules():
+        if isinstance(module, Router):
+            module(torch.full((7, module.features), math.nan))
+    assert all(torch.equal(site.tally, t) for site, t in zip(n.sites, expected, strict=True))
+    mixed = torch.randn(5, n.sites[0].owner.features)  # type: ignore[arg-type]
+    mixed[1] = math.nan
+    n.sites[0].owner(mixed)
+    assert int(n.sites[0].tally[-1] - expected[0][-1]) == 4
+    n.step()
+    assert all(bool(torch.isfinite(site.price).all()) for site in n.sites)
+
+
+def test_a_batch_whose_loss_fails_does_not_count() -> None:
+    calls: list[int] = []
+
+    def criterion(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(target))
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+    n = net(criterion=criterion, aux_weight=0.1).train()
+    n.loss(batch())
+    tallied, before = tallies(n), copy.deepcopy(n.state_dict())
+    calls_so_far = [(site.calls, site.forwards) for site in n.sites]
+    with pytest.raises(RuntimeError, match="boom"):
+        n.loss(batch())
+    assert tallies(n) == tallied
+    assert [(site.calls, site.forwards) for site in n.sites] == calls_so_far
+    assert n._heard is None
+    assert all(torch.equal(t, before[name]) for name, t in n.state_dict().items())
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_every_point_answers_compiled_as_it_does_uncompiled(backend: str) -> None:
+    n = net(top_ks=(1, 2)).eval()
+    x = batch()[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(n, backend=backend)
+    for point in (*n.points(), *n.points()[::-1]):
+        n.use(point)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), n(x), rtol=1e-4, atol=1e-5)
+
+
+def test_four_threads_answer_as_one() -> None:
+    n = net(top_ks=(1, 2)).eval()
+    inputs = [torch.roll(batch()[0], k, 0) for k in range(4)]
+    for point in n.points():
+        n.use(point)
+        with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+            alone = [n(x) for x in inputs]
+            for _ in range(3):
+                for a, b in zip(alone, pool.map(n, inputs), strict=True):
+                    assert torch.equal(a, b)

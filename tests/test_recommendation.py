@@ -337,6 +337,15 @@ def test_multvae(data: recommendation.RecommendationData) -> None:
     assert int(model.steps) == 10  # evaluation did not count
     assert model.loss(users).isfinite()
     losses = []
+    model.train().steps.zero_()  # the first step of the training has none of the KL term, the second a tenth
+    for beta in (0.0, 0.1):
+        torch.manual_seed(3)
+        value = model.loss(users).item()
+        torch.manual_seed(3)
+        again, mean, log_variance = model.decode(x)
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        likelihood = (x * again.log_softmax(1)).sum(1).mean()
+        assert value == pytest.approx(float(beta * kl - likelihood), rel=1e-5)
     for steps in (2, 500):  # 2 / 10 is where the weight of the KL term ends
         model.eval().steps.fill_(steps)
         losses.append(model.loss(users))
@@ -358,6 +367,18 @@ def test_neumf_is_two_means() -> None:
     torch.testing.assert_close(
         model.loss((users, positives, negatives[:, 0])), model.loss((users, positives, negatives[:, :1]))
     )
+
+
+def test_the_dropout_of_neumf_stands_behind_its_layers() -> None:
+    model = NeuMF(3, 4, 4, dropout=1.0).train()
+    users, items = torch.tensor([0, 2]), torch.tensor([1, 3])
+    product = model.gmf_user(users) * model.gmf_item(items)
+    with torch.no_grad():
+        for layer in model.mlp:
+            if isinstance(layer, nn.Linear):
+                layer.bias.fill_(1.0)  # what a dropout before the layer would let through
+    expected = model.predict(torch.cat([product, torch.zeros(2, 8)], -1)).squeeze(-1)
+    torch.testing.assert_close(model.logit(users, items), expected)
 
 
 def test_wrong_sizes(data: recommendation.RecommendationData) -> None:

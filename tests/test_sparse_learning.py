@@ -7,6 +7,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -668,12 +669,12 @@ def test_the_first_masks() -> None:
         ({"params": []}, "leave nothing"),
         ({"params": [nn.Linear(2, 2)]}, "no weight of the model"),
         ({"params": ["head.weight", nn.Parameter(torch.zeros(2, 2))]}, "no weight of the model"),
-        ({"seed": 0.5}, "seed"),
+        ({"seed": -1}, "seed"),
         ({"params": lambda n, p: False}, "leave nothing"),
         ({"update_every": 0}, "update_every"),
         ({"total_steps": 0}, "total_steps"),
         ({"grad_window": 101}, "grad_window"),
-        ({"grad_window": 1.5}, "grad_window"),
+        ({"grad_window": 0}, "grad_window"),
         ({"alpha": 1.1}, "alpha"),
         ({"alpha": 0.1, "alpha_min": 0.2}, "alpha"),
         ({"drop": "movement"}, "drop"),
@@ -692,6 +693,9 @@ def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
 def test_wrong_kinds() -> None:
     with pytest.raises(TypeError, match="model"):
         SparseLearning("model")  # type: ignore[arg-type]
+    for wrong in ({"seed": 0.5}, {"grad_window": 1.5}, {"explore": 1}, {"density": True}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: "):
+            SparseLearning(Classifier(), **wrong)
     with pytest.raises(TypeError, match="params"):
         SparseLearning(Classifier(), params="table.weight")
     with pytest.raises(TypeError, match="params"):
@@ -953,3 +957,77 @@ def test_half_precision_and_linear_layers_stored_sparsely() -> None:
     x = torch.randn(8, 64)
     torch.testing.assert_close(sparse(x), dense(x))
     assert set(sparse.layouts) == {"0", "2"}  # type: ignore[arg-type]
+
+
+# -- compiled, in threads, and after failures ------------------------------------------------------------------------
+
+
+def test_the_network_answers_compiled_as_it_does_uncompiled() -> None:
+    net = SparseLearning(Classifier(), density=0.3).eval()
+    x = batches(1)[0][0]
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(net, backend=backend)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), net.use(net.points()[0])(x))
+
+
+def test_four_threads_answer_as_one() -> None:
+    net = SparseLearning(Classifier(), density=0.3).eval()
+    inputs = [x for x, _ in batches(4)]
+    with torch.no_grad(), ThreadPoolExecutor(4) as pool:
+        alone = [net(x) for x in inputs]
+        for _ in range(3):
+            for a, b in zip(alone, pool.map(net, inputs), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_an_update_that_cannot_be_made_moves_no_mask() -> None:
+    net = SparseLearning(Classifier(), density=0.3, update_every=2, total_steps=10)
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)  # so that the weights stay numbers
+    net.attach_optimizer(optimizer)
+    for step, (x, y) in enumerate(batches(2)):
+        optimizer.zero_grad()
+        net.loss((x, y)).backward()
+        if step:  # the last tensor's gradient alone is broken
+            net.model.head.weight.grad.fill_(math.nan)
+            optimizer.param_groups[0]["lr"] = 0.0
+            before = masks(net)
+            with torch.no_grad():
+                kept = net.model.head.weight.clone()
+            with pytest.raises(ValueError, match="NaN"):
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(masks(net), before, strict=True))
+            assert net.history() == []
+            assert kept.shape == net.model.head.weight.shape
+        else:
+            optimizer.step()
+
+
+def test_a_criterion_that_fails_leaves_the_network_as_it_was() -> None:
+    calls: list[int] = []
+
+    def criterion(y: Tensor, t: Tensor) -> Tensor:
+        calls.append(len(t))
+        if len(calls) > 1:
+            raise RuntimeError("boom")
+        return F.cross_entropy(y, t)
+
+    net = SparseLearning(Classifier(), density=0.3, update_every=3, total_steps=9, grad_window=2, criterion=criterion)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    net.attach_optimizer(optimizer)
+    net.loss(batches(1)[0]).backward()
+    optimizer.step()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match="boom"):
+        net.loss(batches(1)[0])
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert net.training
+
+
+def test_the_type_of_the_example_follows_the_network() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    net = SparseLearning(model, torch.randn(3, 16), density=0.1).double()
+    plain = net.extract(net.points()[0], sparse=True)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    torch.testing.assert_close(plain(x), net(x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from pliant.routing.stop_exit import (
     STOP,
     Confidence,
     Controller,
+    Cost,
     FixedExit,
+    Generated,
     Parts,
     StopExit,
     controller_loss,
@@ -569,7 +572,7 @@ def test_extract(kind: str, head_norm: str | None) -> None:
     ids = prompts()
     for k in range(M):
         small = net.extract({"exit": k})
-        assert type(small) is type(model)
+        assert isinstance(small, type(model))
         with torch.no_grad():
             assert torch.equal(small(ids).logits, net.use({"exit": k})(ids))
         own = net.generate(ids, max_new_tokens=5)
@@ -591,6 +594,59 @@ def test_extract(kind: str, head_norm: str | None) -> None:
     assert net.generate(ids, max_new_tokens=2).sequences.shape == (3, 8)  # weights of its own
 
 
+@pytest.mark.parametrize("kind", [*FAMILIES, "codegen", "opt-350m"])
+@pytest.mark.parametrize("head_norm", [None, "ln_f"])
+def test_extracted_networks_survive_their_files(kind: str, head_norm: str | None, tmp_path: Path) -> None:
+    if kind == "opt-350m":
+        net = lively(relative(kind).float(), head_norm=head_norm)
+    else:
+        net = lively(decoder(kind, torch.float32), head_norm=head_norm)
+    ids = prompts()
+    for k in range(M):
+        small: Any = net.extract({"exit": k})
+        small.save_pretrained(tmp_path / str(k))
+        own = type(small).from_pretrained(tmp_path / str(k))
+        known = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(k), trust_remote_code=True)
+        plain = type(net.model)
+        for again in (own.eval(), known.eval()):
+            assert isinstance(again, plain)
+            with torch.no_grad():
+                assert torch.equal(again(ids).logits, small(ids).logits)
+        if head_norm is None and k < M - 1 and kind != "opt-350m":  # a norm that starts anew must not go unseen
+            with pytest.raises((RuntimeError, ValueError)):
+                plain.from_pretrained(tmp_path / str(k))
+
+
+def test_every_block_is_asked_whether_it_can_be_filled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = lively(relative("smollm3"))  # its last block does not rotate
+    assert (net.fill, net._alone) == ("kv", {0, 1, 2})
+    net.thresholds = ()
+    ids = prompts(4, 6)
+    out = net.generate(ids, max_new_tokens=8, policy=FixedExit(net, 0), eos_token_id=[], keep_cache=True)
+    net.fill = "qkv"
+    slow = net.generate(ids, max_new_tokens=8, policy=FixedExit(net, 0), eos_token_id=[], keep_cache=True)
+    assert torch.equal(out.sequences, slow.sequences)
+    assert out.cache is not None
+    assert slow.cache is not None
+    for a, b in zip(out.cache, slow.cache, strict=True):
+        torch.testing.assert_close(a, b)
+    block = type(net.decoder.blocks[0].self_attn)
+    monkeypatch.setattr(block, "forward", shifted(block.forward))  # what is cached depends on more than the input
+    with pytest.raises(ValueError, match=r"decoded token by token|caches other keys"):
+        StopExit(relative("smollm3"))
+
+
+def shifted(forward: Any) -> Any:
+    """The forward of an attention whose decoding steps differ from its pass over the whole text."""
+
+    def other(self: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+        store = kwargs.get("cache", kwargs.get("past_key_values"))
+        step = getattr(store, "column", 0) > 0
+        return forward(self, hidden_states * (2 if step else 1), **kwargs)
+
+    return other
+
+
 def test_teacher_forcing_is_decoding() -> None:
     net = lively(decoder())
     ids = prompts(3, 1)
@@ -609,6 +665,53 @@ def test_teacher_forcing_is_decoding() -> None:
     assert stops.stopped[:, 1:].all()
     assert not stops.stopped[:, 0].any()
     assert (stops.logits[:, 1:].argmax(-1) == END).all()  # predicts the end, at its place alone
+
+
+class OnceAt:
+    """A policy that does ``action`` after block 1 of the token at one step, and else goes on."""
+
+    layers = (1,)
+
+    def __init__(self, step: int, action: int) -> None:
+        self.left, self.action = step, action
+
+    def __call__(self, layer: int, h: Tensor) -> tuple[Tensor, None]:
+        self.left -= 1
+        return torch.full((len(h),), self.action if self.left == 0 else CONTINUE), None
+
+
+def test_a_stop_in_teacher_forcing_fills_the_cache_as_an_exit_does() -> None:
+    net = lively(decoder())
+    ids = prompts(3, 8)
+    stops, exits = (net.decide(ids, policy=OnceAt(2, action)) for action in (STOP, EXIT))
+    assert stops.stopped[:, 2].all()
+    assert torch.equal(stops.logits[:, 3:], exits.logits[:, 3:])  # the text goes on with keys and values in place
+    assert not torch.allclose(stops.logits[:, 3:], net.decide(ids, policy=OnceAt(9, STOP)).logits[:, 3:])
+
+
+def test_every_point_answers_compiled_as_it_does_uncompiled() -> None:
+    net = lively(decoder("llama", torch.float32), heads=2, thresholds=(0.3, (0.3, 0.5)))
+    ids = prompts(2, 5)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(net, backend=backend)
+        for point in (*net.points(), *net.points()[::-1]):
+            net.use(point)
+            assert torch.equal(compiled(ids), net(ids))
+
+
+def test_four_threads_answer_as_one() -> None:
+    net = lively(decoder("llama", torch.float32), heads=2, thresholds=(0.3,))
+    texts = [prompts(2, 5, seed) for seed in range(4)]
+    for point in net.points():
+        net.use(point)
+        alone = [(net(x), net.generate(x, max_new_tokens=3).sequences) for x in texts]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(3):
+                found = list(pool.map(lambda x: (net(x), net.generate(x, max_new_tokens=3).sequences), texts))
+                for a, b in zip(alone, found, strict=True):
+                    assert torch.equal(a[0], b[0])
+                    assert torch.equal(a[1], b[1])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -671,12 +774,15 @@ def test_the_codegen_variant() -> None:
     torch.testing.assert_close(net.loss(ids), (ce[0] + 2 * ce[1]) / 3)
 
 
-@pytest.mark.parametrize("kind", ["opt-350m", "qwen3"])
-def test_relatives(kind: str) -> None:
+def relative(kind: str) -> Any:
+    """A random decoder of a family that differs from the four in one thing."""
     common: dict[str, Any] = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": M, "num_attention_heads": 4}
     common |= {"max_position_embeddings": 48, "eos_token_id": END, "pad_token_id": None}
     if kind == "qwen3":  # keys are normed
         config = transformers.Qwen3Config(**common, intermediate_size=32, num_key_value_heads=2, head_dim=4)
+    elif kind == "smollm3":  # every fourth block does not rotate
+        common |= {"bos_token_id": 1, "intermediate_size": 32}
+        config = transformers.SmolLM3Config(**common, num_key_value_heads=2)
     else:  # norms after the attention, embeddings of another width
         config = transformers.OPTConfig(**common, ffn_dim=32, word_embed_proj_dim=8, do_layer_norm_before=False)
     with torch.random.fork_rng(devices=[]):
@@ -685,8 +791,14 @@ def test_relatives(kind: str) -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(4.0 if p.dim() > 1 else 1.0)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["opt-350m", "qwen3", "smollm3"])
+def test_relatives(kind: str) -> None:
+    model = relative(kind)
     net = lively(model)
-    assert net.fill == {"qwen3": "qkv", "opt-350m": "kv"}[kind]
+    assert net.fill == {"qwen3": "qkv", "opt-350m": "kv", "smollm3": "kv"}[kind]
     ids = prompts(3, 6)
     plain = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=END
@@ -789,6 +901,22 @@ def test_calibrate() -> None:
     assert set(both) == {"exit_threshold", "stop_threshold"} or both == Point(exit=M - 1)
     with pytest.raises(ValueError, match="prompts, references"):
         net.calibrate(ids, truth[:2])
+
+
+def test_max_drop_is_a_difference_and_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = lively(decoder())
+    truth = torch.arange(10).expand(5, 10)
+
+    def told(x: Tensor, exit_threshold: float, **_: Any) -> Generated:
+        right = [5] * 5 if exit_threshold == math.inf else [5, 5, 5, 5, 3]  # ROUGE-L 0.5 and 0.46
+        new = torch.stack([torch.where(torch.arange(10) < n, torch.arange(10), 40) for n in right])
+        layers = torch.full((5, 10), M if exit_threshold == math.inf else 1)
+        stopped = torch.zeros(5, dtype=torch.bool)
+        return Generated(torch.cat((x, new), 1), layers, stopped, torch.full((5,), 10), Cost())
+
+    monkeypatch.setattr(net, "generate", told)
+    for max_drop, point in ((0.05, Point(exit_threshold=0.5)), (0.03, Point(exit=M - 1))):
+        assert net.calibrate(prompts(5), truth, max_drop=max_drop, grid=(0.5,)) == point
 
 
 @settings(max_examples=30, deadline=None)
@@ -895,9 +1023,9 @@ def test_a_decoder_of_ones_own() -> None:
         ({"label_rule": "best"}, "label_rule: "),
         ({"heads_share": 1.5}, "heads_share: "),
         ({"fill": "none"}, "fill: "),
-        ({"thresholds": (-0.1,)}, "exit_threshold: -0.1"),
-        ({"thresholds": ((0.5, float("nan")),)}, "stop_threshold: nan"),
-        ({"thresholds": ((0.5, 0.5, 0.5),)}, "thresholds: "),
+        ({"thresholds": (-0.1,)}, r"thresholds\[0\]: -0.1"),
+        ({"thresholds": ((0.5, float("nan")),)}, r"thresholds\[0\]\[1\]: nan"),
+        ({"thresholds": ((0.5, 0.5, 0.5),)}, r"thresholds\[0\]: .*exactly 2"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

@@ -20,16 +20,18 @@ measures it:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.cost import time_ratio
 
 Backend = Literal["loop", "grouped", "dense", "auto"]
 Activation = Callable[[Tensor], Tensor]
+_LARGEST = 1 << 34
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -100,15 +102,16 @@ class Experts(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        for name, size in (("features", features), ("hidden", hidden), ("count", count)):
-            if size < 1:
-                raise ValueError(f"{name}: {size} is not a positive number")
-        if backend not in get_args(Backend):
-            raise ValueError(f"backend: {backend!r}; allowed: {', '.join(map(repr, get_args(Backend)))}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: {dropout} is not in [0, 1)")
-        self.features, self.hidden, self.count = features, hidden, count
-        self.activation, self.dropout, self.backend = activation, dropout, backend
+        self.features = check.whole("features", features, at_least=1)
+        self.hidden = check.whole("hidden", hidden, at_least=1)
+        self.count = check.whole("count", count, at_least=1)
+        if features * hidden * count > _LARGEST:
+            raise check.wrong("hidden", hidden, f"at most {_LARGEST:,} weights in one matrix of all experts")
+        self.activation = check.function("activation", activation)
+        check.boolean("gated", gated)
+        check.boolean("bias", bias)
+        self.dropout = check.number("dropout", dropout, at_least=0, below=1)
+        self.backend: Backend = check.choice("backend", backend, Backend)
         self.tuned: str = "loop"
         self.up = nn.Parameter(torch.empty(count, hidden, features))
         self.gate = nn.Parameter(torch.empty(count, hidden, features)) if gated else None
@@ -152,6 +155,7 @@ class Experts(nn.Module):
         hidden = self.activation(up) if gate is None else self.activation(gate) * up
         return F.dropout(hidden, self.dropout, self.training)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as many products as experts have tokens, of any sizes
     def _loop(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Expert after expert on its slice of the sorted rows; one without tokens is skipped."""
         parts = []

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pliant.core import check
+
 
 class _Gate(torch.autograd.Function):
     @staticmethod
@@ -40,8 +42,7 @@ def binary_gate(
         noise: add logistic noise first, so that the gate opens with probability ``sigmoid(s)`` (Gumbel gate).
         generator: where the noise is drawn from.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature: {temperature} is not allowed; it must be above 0")
+    check.positive("temperature", temperature)
     noisy = s.detach().float() if s.dtype in (torch.float16, torch.bfloat16) else s.detach()
     if noise:
         # Kept off 0 and 1, whose logits are infinite.

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pliant.core import check
 from pliant.core.inputs import Input, call, evaluating, first_tensor, logits, rows_of, step_by_step, take
 
 Compact = str | float
@@ -301,11 +302,14 @@ def hidden_of(output: Any) -> Tensor:
     return first
 
 
-def check_compact(compact: Compact) -> None:
-    """Raise ValueError unless ``compact`` is "always", "never" or a share in (0, 1)."""
-    share = isinstance(compact, float) and 0 < compact < 1
-    if not share and compact not in ("always", "never"):
-        raise ValueError(f'compact: {compact!r} is not allowed; "always", "never" or a share between 0.0 and 1.0')
+def check_compact(compact: Compact) -> Compact:
+    """``compact``, if it is "always", "never" or a share in (0, 1); an error that names it otherwise."""
+    if compact in ("always", "never"):
+        return compact
+    if isinstance(compact, float) and 0 < compact < 1:
+        return compact
+    kind = ValueError if isinstance(compact, str | int | float) else TypeError
+    raise check.wrong("compact", compact, "'always', 'never' or a share between 0.0 and 1.0", kind)
 
 
 def _execution(model: nn.Module, x: Input) -> list[str]:

@@ -57,12 +57,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import combinations, islice, product
-from typing import Any, Literal, NamedTuple, Self, cast, get_args
+from threading import get_ident
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.gates import entropy
@@ -74,6 +77,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    first_line,
     first_tensor,
     logits,
     next_token_loss,
@@ -163,8 +167,29 @@ class DuoFFN(nn.Module):
         for w in self.routers:
             nn.init.normal_(w, std=_STD)
         self.route: Route = BIG
-        self.seen: Seen | None = None  # what a caller wants to know about the present call
-        self.taken: Tensor | None = None  # the last choice (N,), for the hook of whole-layer bypass
+        # Of calls under way, by thread: a route in the place of ``route``, what the caller wants to know, and the last
+        # choice (N,) for the hook of whole-layer bypass.
+        self.routes: dict[int, Route] = {}
+        self.watchers: dict[int, Seen] = {}
+        self.taken: dict[int, Tensor] = {}
+
+    @contextmanager
+    def during(self, route: Route | None = None, seen: Seen | None = None) -> Iterator[None]:
+        """Another route, and someone who watches, for the calls of this thread inside the block."""
+        me = get_ident()
+        before = self.routes.get(me), self.watchers.get(me)
+        try:
+            _hold(self.routes, me, before[0] if route is None else route)
+            _hold(self.watchers, me, before[1] if seen is None else seen)
+            yield
+        finally:
+            _hold(self.routes, me, before[0])
+            _hold(self.watchers, me, before[1])
+
+    @property
+    def seen(self) -> Seen | None:
+        """What this thread's caller wants to know about the present call."""
+        return self.watchers.get(get_ident()) if self.watchers else None
 
     def option(self, r: int, u: Tensor) -> Tensor:
         """What option ``r`` adds for ``u`` (..., d)."""
@@ -182,25 +207,30 @@ class DuoFFN(nn.Module):
         table = torch.tensor(self.choices, device=score.device)
         if self.decision == "sample":
             return table[torch.multinomial((self.tau * score).float().softmax(-1), 1).squeeze(1)]
-        best = score >= score.amax(-1, keepdim=True)
+        best = ~(score < score.amax(-1, keepdim=True))  # where the scores are NaN: the smallest
         return table[torch.where(best, torch.arange(len(table), device=score.device), len(table)).amin(-1)]
 
     def forward(self, u: Tensor) -> Tensor:
         """See the class."""
-        route, rows = self.route, u.reshape(-1, u.shape[-1])
-        self.taken = None
-        if self.seen is not None:
-            self.seen.u = rows.detach()
+        if isinstance(self.route, int) and self.route != SKIP and not self.routes and not self.watchers:
+            return self.option(self.route, u)
+        return self._routed(u)
+
+    def _routed(self, u: Tensor) -> Tensor:
+        me, rows = get_ident(), u.reshape(-1, u.shape[-1])
+        route, seen = self.routes.get(me, self.route), self.watchers.get(me)
+        if seen is not None:
+            seen.u = rows.detach()
         if isinstance(route, Probe):
             return torch.zeros_like(u)
         if isinstance(route, int):  # all rows alike: the plain module on the plain tensor, bit for bit
-            if self.seen is not None or SKIP in self.choices:
+            if seen is not None or SKIP in self.choices:
                 self._note(torch.full((len(rows),), route, device=u.device))
             return self.option(route, u)
         if isinstance(route, Learned):
             score = self.score(rows, route.budget)
-            if self.seen is not None:
-                self.seen.score = score.detach()
+            if seen is not None:
+                seen.score = score.detach()
             if route.tau is not None:
                 return self.soft(u, (route.tau * score).softmax(-1).view(*u.shape[:-1], -1))
             choice = self.decide(score)
@@ -213,8 +243,8 @@ class DuoFFN(nn.Module):
 
     def soft(self, u: Tensor, probability: Tensor) -> Tensor:
         """sum_c P_c FFN_c(u) with P (..., n_choices) in the order of ``choices``."""
-        if self.seen is not None:
-            self.seen.probability = probability.reshape(-1, probability.shape[-1])
+        if (seen := self.seen) is not None:
+            seen.probability = probability.reshape(-1, probability.shape[-1])
         parts = [
             p[..., None] * self.option(r, u) for r, p in zip(self.choices, probability.unbind(-1), strict=True) if r
         ]
@@ -235,14 +265,14 @@ class DuoFFN(nn.Module):
         return y
 
     def _note(self, choice: Tensor) -> None:
-        self.taken = choice if SKIP in self.choices else None
-        if self.seen is not None:
-            self.seen.choice = choice
+        if SKIP in self.choices:
+            self.taken[get_ident()] = choice
+        if (seen := self.seen) is not None:
+            seen.choice = choice
 
     def whole_layer(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook of a block: tokens that skip leave it as they came (``bypass_scope="layer"``)."""
-        taken, self.taken = self.taken, None
-        if taken is None:
+        if not self.taken or (taken := self.taken.pop(get_ident(), None)) is None:
             return output
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
@@ -253,6 +283,13 @@ class DuoFFN(nn.Module):
         """The sizes."""
         names = ", ".join(OPTIONS[r] for r in self.choices)
         return f"{self.features}, choices=({names}), routers={len(self.routers)}, execution={self.execution!r}"
+
+
+def _hold(values: dict[int, Any], key: int, value: Any) -> None:
+    if value is None:
+        values.pop(key, None)
+    else:
+        values[key] = value
 
 
 class Trace(NamedTuple):
@@ -332,29 +369,29 @@ class DuoLLM(Dynamic):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.p, self.budgets = tuple(float(v) for v in p), tuple(float(b) for b in budgets)
-        self.tau = tuple(float(t) for t in tau)
-        _allowed("bypass_scope", bypass_scope, Scope)
-        _allowed("execution", execution, Execution)
-        _allowed("decision", decision, Decision)
-        if len(self.p) != 3 or not all(0 <= v <= 1 for v in self.p) or abs(sum(self.p) - 1) > 1e-6:
-            raise ValueError(f"p: {self.p}; allowed: three probabilities (skip, small, big) that sum to 1")
+        check.module("model", model)
+        self.ffn = _match(ffn)
+        self.small_ratio = check.number("small_ratio", small_ratio, above=0, at_most=1)
+        self.small = check.optional(check.function, "small", small)
+        self.bypass = check.boolean("bypass", bypass)
+        self.bypass_scope: Scope = check.choice("bypass_scope", bypass_scope, Scope)
+        self.p = check.sequence("p", p, check.share, length=3)
+        if abs(sum(self.p) - 1) > 1e-6:
+            raise check.wrong("p", p, "three probabilities (skip, small, big) that sum to 1")
         if self.p[0] > 0 and not bypass:
-            raise ValueError(f"p: skip has probability {self.p[0]}, but bypass=False; pass bypass=True")
-        if len(set(self.budgets)) < len(self.budgets) or not all(0 < b < 1 for b in self.budgets):
-            raise ValueError(f"budgets: {self.budgets}; allowed: different shares of big above 0 and below 1")
-        if len(self.tau) != 2 or not all(0 < t < math.inf for t in self.tau):
-            raise ValueError(f"tau: {self.tau}; allowed: two temperatures above 0, at the beginning and at the end")
-        if not 0 < small_ratio <= 1:
-            raise ValueError(f"small_ratio: {small_ratio}; allowed: above 0, up to 1")
-        if not 0 <= router_share <= 1:
-            raise ValueError(f"router_share: {router_share}; allowed: 0 to 1")
-        for name, value in (("beta", beta), ("router_lr", router_lr)):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name}: {value}; allowed: a finite number of 0 or more")
-        if max_patterns < 1:
-            raise ValueError(f"max_patterns: {max_patterns}; allowed: 1 or more")
-        if isinstance(model, nn.Module) and any(isinstance(m, DuoFFN) for m in model.modules()):
+            raise check.wrong("p", p, "0 for skip, or bypass=True")
+        self.budgets = check.sequence("budgets", budgets, _inside, empty=True)
+        check.distinct("budgets", self.budgets)
+        self.router_share = check.share("router_share", router_share)
+        self.joint = check.boolean("joint", joint)
+        self.beta = check.number("beta", beta, at_least=0)
+        self.tau = check.sequence("tau", tau, check.positive, length=2)
+        self.router_lr = check.number("router_lr", router_lr, at_least=0)
+        self.execution: Execution = check.choice("execution", execution, Execution)
+        self.decision: Decision = check.choice("decision", decision, Decision)
+        self.max_patterns = check.whole("max_patterns", max_patterns, at_least=1)
+        self.seed = check.seed("seed", seed)
+        if any(isinstance(m, DuoFFN) for m in model.modules()):
             raise ValueError("model: it is converted already; build it anew, or extract a plain network")
         prediction = check_example(model, example)
         ids = first_tensor(example)
@@ -369,10 +406,7 @@ class DuoLLM(Dynamic):
                 "the network has learned. p=(0.2, 0.4, 0.4) trains with it",
                 stacklevel=2,
             )
-        self.example, self.ffn, self.small_ratio, self.small = example, ffn, small_ratio, small
-        self.bypass, self.bypass_scope = bypass, bypass_scope
-        self.router_share, self.joint, self.beta, self.router_lr = router_share, joint, beta, router_lr
-        self.execution, self.decision, self.max_patterns, self.seed = execution, decision, max_patterns, seed
+        self.example = example
         self.choices = (SKIP, SMALL, BIG) if bypass else (SMALL, BIG)
         self.stage: Literal["random", "routers"] = "random"
         self.temperature = self.tau[0]
@@ -399,7 +433,7 @@ class DuoLLM(Dynamic):
             for (name, parts), d in zip(found, _widths(self.model, self.example, found), strict=True):
                 big = parts[0] if len(parts) == 1 else nn.Sequential(*parts)
                 if self.small is not None:
-                    sibling = self.small(big)
+                    sibling = _told("small", self.small, big)
                     if not isinstance(sibling, nn.Module):
                         raise TypeError(f"small: gave {type(sibling).__name__} for {name}; an nn.Module is needed")
                 else:
@@ -477,6 +511,11 @@ class DuoLLM(Dynamic):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output at the present setting; the rows of each option are computed together."""
         x = packed(args, kwargs)
+        return call(self.model, x) if self.point["policy"] in ("small", "big", "fixed") else self._apart(x)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # which rows take what depends on them: there is no graph
+    def _apart(self, x: Input) -> Any:
+        """The model's output where every row takes an option of its own, or none."""
         if self.point["policy"] != "random":
             return call(self.model, x)
         budget = float(self.point["budget"])
@@ -547,26 +586,19 @@ class DuoLLM(Dynamic):
 
     @contextmanager
     def _routed(self, routes: Sequence[Route]) -> Iterator[None]:
-        """Other routes for the length of the block."""
-        before = [layer.route for layer in self.layers]
-        try:
+        """Other routes, in this thread, for the length of the block."""
+        with ExitStack() as stack:
             for layer, route in zip(self.layers, routes, strict=True):
-                layer.route = route
+                stack.enter_context(layer.during(route))
             yield
-        finally:
-            for layer, route in zip(self.layers, before, strict=True):
-                layer.route = route
 
     @contextmanager
     def _watched(self, seen: Sequence[Seen]) -> Iterator[None]:
-        """Layers note what they see for the length of the block."""
-        try:
+        """Layers note what they see, in this thread, for the length of the block."""
+        with ExitStack() as stack:
             for layer, record in zip(self.layers, seen, strict=True):
-                layer.seen = record
+                stack.enter_context(layer.during(seen=record))
             yield
-        finally:
-            for layer in self.layers:
-                layer.seen = None
 
     def option_flops(self) -> list[tuple[int, int, int]]:
         """FLOPs of (skip, small, big) for one token in each layer, counted as executed; the router is not in it."""
@@ -596,11 +628,11 @@ class DuoLLM(Dynamic):
         if self.stage == "random" or not self.budgets:
             return next_token_loss(logits(self.run(x, self.draw(*ids.shape[:2]))), target)
         index = int(self.turn) % len(self.budgets)
-        self.turn += 1
         seen = [Seen() for _ in self.names]
         routes: list[Route] = [Learned(index, self.temperature)] * len(self.names)
         with self._routed(routes), self._watched(seen):
             lm = next_token_loss(logits(call(self.model, x)), target)
+        self.turn += 1
         share = torch.stack([cast(Tensor, s.probability)[:, -1] for s in seen])  # (L, B T)
         return lm + self.beta * budget_loss(share, self.budgets[index])
 
@@ -651,20 +683,22 @@ class DuoLLM(Dynamic):
     def choose_patterns(self, data: Iterable[Batch | Tensor]) -> list[float]:
         """For each budget the static pattern of the lowest loss on ``data``; returns those losses.
 
-        All C(L, k) patterns of k big layers are tried, or ``max_patterns`` drawn from them.
+        All C(L, k) patterns of k big layers are tried, or ``max_patterns`` drawn from them. In several processes the
+        data of all of them count.
         """
         batches = _some(data)
         rng = torch.Generator().manual_seed(self.seed)
         best = []
         with evaluating(self):
-            for i, budget in enumerate(self.budgets):
-                k = self.big_layers(budget)
-                losses = [(self._loss_of(batches, p), p) for p in self._patterns(k, rng)]
-                least, pattern = min(losses, key=lambda item: item[0])
-                self.patterns[i] = torch.tensor(pattern, device=self.patterns.device)
-                best.append(least)
+            for budget in self.budgets:
+                losses = [(self._loss_of(batches, p), p) for p in self._patterns(self.big_layers(budget), rng)]
+                if not all(math.isfinite(value) for value, _ in losses):
+                    raise ValueError("data: the loss on it is NaN or infinite")
+                best.append(min(losses, key=lambda item: item[0]))
+        if best:
+            self.patterns.copy_(torch.tensor([pattern for _, pattern in best]))
         self.use(self.point)
-        return best
+        return [least for least, _ in best]
 
     def _patterns(self, k: int, rng: torch.Generator) -> list[list[int]]:
         """Patterns (L,) of k big and else small layers."""
@@ -677,12 +711,16 @@ class DuoLLM(Dynamic):
 
     def _loss_of(self, batches: Sequence[Batch | Tensor], choices: Sequence[int]) -> float:
         """Mean loss for each token of one static pattern."""
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for batch in batches:
             x, target = aligned(to_device(batch, device_of(self)))
             tokens = int((target != IGNORED).sum())
             total += next_token_loss(logits(self.run(x, choices)), target).item() * tokens
             count += tokens
+        if _shared():
+            both = torch.tensor([total, count], dtype=torch.float64, device=device_of(self))
+            dist.all_reduce(both)
+            total, count = both.tolist()
         return total / count
 
     @torch.no_grad()
@@ -690,13 +728,12 @@ class DuoLLM(Dynamic):
         """Move each router's threshold until the realised share of big on ``data`` is its budget; returns the shares.
 
         A deeper layer sees what the layers before decided, so it takes a few ``rounds`` of: margins of big over the
-        others in all layers, threshold at their quantile.
+        others in all layers, threshold at their quantile. In several processes the data of all of them count.
         """
-        if rounds < 1:
-            raise ValueError(f"rounds: {rounds}; allowed: 1 or more")
+        check.whole("rounds", rounds, at_least=1)
         batches = _some(data)
         shares = []
-        with evaluating(self):
+        with evaluating(self), self._shifts_kept():
             for i, budget in enumerate(self.budgets):
                 closest = (math.inf, torch.zeros(()), 0.0)
                 for turn in range(rounds + 1):
@@ -708,6 +745,17 @@ class DuoLLM(Dynamic):
                 self._shift(i, closest[1])
                 shares.append(closest[2])
         return shares
+
+    @contextmanager
+    def _shifts_kept(self) -> Iterator[None]:
+        """The thresholds are as before where the block ends in an exception."""
+        before = [layer.shift.clone() for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, shift in zip(self.layers, before, strict=True):
+                layer.shift.copy_(shift)
+            raise
 
     def _shift(self, index: int, value: Tensor) -> None:
         for layer in self.layers:
@@ -724,7 +772,10 @@ class DuoLLM(Dynamic):
             score = torch.cat([cast(Tensor, s.score) for s in seen])
             found.append(score[:, -1] - score[:, :-1].amax(1))
             taken.append(torch.cat([cast(Tensor, s.choice) for s in seen]) == BIG)
-        return torch.cat(found), torch.cat(taken).double().mean().item()
+        margins = _everywhere(torch.cat(found))
+        if not bool(torch.isfinite(margins).all()):
+            raise ValueError("data: the routers' scores on it are NaN or infinite")
+        return margins, _everywhere(torch.cat(taken).double()).mean().item()
 
     # -- the oracle ---------------------------------------------------------------------------------------------------
 
@@ -763,8 +814,8 @@ class DuoLLM(Dynamic):
             ValueError: an argument is not what is described, there are too many paths, or the tree does not give
                 the output of the model (use ``method="brute"``).
         """
-        _allowed("context", context, Context)
-        _allowed("method", method, Method)
+        check.choice("context", context, Context)
+        check.choice("method", method, Method)
         names = ("small", "big") if choices is None else tuple(choices)
         if len(set(names)) < len(names) or not {"big"} < set(names) <= set(OPTIONS):
             raise ValueError(f"choices: {names}; allowed: 'big' and at least one of 'skip', 'small', each once")
@@ -848,9 +899,39 @@ def _some(data: Iterable[Batch | Tensor]) -> list[Batch | Tensor]:
     return batches
 
 
-def _allowed(name: str, value: object, kind: Any) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, get_args(kind)))}")
+def _shared() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _everywhere(values: Tensor) -> Tensor:
+    """The values (n,) of all processes, one process after the other."""
+    if not _shared():
+        return values
+    sizes = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(values)], device=values.device))
+    longest = max(int(n) for n in sizes)
+    parts = [values.new_zeros(longest) for _ in sizes]
+    dist.all_gather(parts, F.pad(values, (0, longest - len(values))))
+    return torch.cat([part[: int(n)] for part, n in zip(parts, sizes, strict=True)])
+
+
+def _match(ffn: Any) -> Match | None:
+    """The argument ``ffn``: a pattern, several, a function, or None."""
+    if ffn is None or callable(ffn):
+        return ffn  # type: ignore[no-any-return]
+    return check.text("ffn", ffn) if isinstance(ffn, str) else check.names("ffn", ffn, empty=False)
+
+
+def _told(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of the caller's says, its errors under the argument's name."""
+    try:
+        return function(*args)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{name}: the function fails when it is called: {first_line(error)}") from error
+
+
+def _inside(name: str, value: Any) -> float:
+    return check.number(name, value, above=0, below=1)
 
 
 # -- conversion -----------------------------------------------------------------------------------------------------
@@ -914,7 +995,7 @@ def _ffns(model: nn.Module, match: Match | None) -> list[tuple[str, list[nn.Modu
             elif all(hasattr(m, part) for part in _PARTS):
                 found.append(f"{name}.{'+'.join(_PARTS)}")
     elif callable(match):
-        found = [name for name, m in modules.items() if name and match(name, m)]
+        found = [name for name, m in modules.items() if name and _told("ffn", match, name, m)]
     else:
         for pattern in [match] if isinstance(match, str) else match:
             first, *rest = pattern.split("+")
@@ -1052,11 +1133,12 @@ class Oracle:
         return self.loss[:, columns].amin(1), columns[_first_least(self.loss[:, columns])]
 
     def difficulty(self, k: int | None = None) -> Tensor:
-        """What more compute can gain: loss of the cheapest path less the oracle's (n,), 0 or more.
+        """What more compute can gain: loss of the all-small path less the oracle's (n,), 0 or more.
 
-        With ``k``: what it can gain with k big layers at most.
+        With ``k``: what it can gain with k big layers at most. Where "small" is no choice the all-skip path counts.
         """
-        return self.loss[:, 0] - self.best(k, at_most=True)[0]
+        small = (self.paths == SMALL).all(1)
+        return self.loss[:, int(small.int().argmax())] - self.best(k, at_most=True)[0]
 
     def histogram(self, k: int | None = None) -> Tensor:
         """Share of the targets whose best path (of k big layers) is big in each layer: (L,)."""
@@ -1307,12 +1389,9 @@ class _Search:
             allowed = (before | own).view(-1, 1, len(columns), len(columns))
             mask = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device)
             mask = mask.masked_fill(~allowed, torch.finfo(x.dtype).min).expand(count, -1, -1, -1)
-            seen, route = Seen(), layer.route
-            layer.seen, layer.route = seen, Probe()
-            try:
+            seen = Seen()
+            with layer.during(Probe(), seen):
                 output = block(x, **self._moved(base.calls[depth], rows, place, mask))
-            finally:
-                layer.seen, layer.route = None, route
             found_a.append((output[0] if isinstance(output, tuple) else output)[:, length:])
             found_u.append(cast(Tensor, seen.u).view(x.shape)[:, length:])
         return torch.cat(found_a, 1).view_as(states), torch.cat(found_u, 1).view_as(states)

@@ -47,12 +47,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.experts import Backend, Experts, balance_loss, top_k
 from pliant.core.inputs import (
@@ -72,6 +73,7 @@ from pliant.core.objective import Criterion, loss
 Gate = Literal["ste", "hard", "scaled"]
 RouterStart = Literal["replicated", "random"]
 ExpertStart = Literal["allocated", "random"]
+_MOST = 1024  # copies
 GROUNDING_DINO = ("*fusion_layer*", "*bbox_embed*", "*class_embed*")  # what MoE-Tuning trains besides the experts
 
 
@@ -367,37 +369,33 @@ class DynamicDINO(Dynamic):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("gate", gate, get_args(Gate)),
-            ("router_start", router_start, get_args(RouterStart)),
-            ("expert_start", expert_start, get_args(ExpertStart)),
-            ("backend", backend, get_args(Backend)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
-        for name, count in (("split", split), ("copies", copies)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}: {count!r}; allowed: a whole number of 1 or more")
-        for name, number in (("router_std", router_std), ("aux_weight", aux_weight)):
-            if not 0.0 <= number < math.inf:
-                raise ValueError(f"{name}: {number} is negative or not finite")
-        for name, patterns in (("targets", targets), ("train", train)):
-            if isinstance(patterns, str):
-                raise TypeError(f"{name}: expected a sequence of name patterns, got the string {patterns!r}")
+        check.module("model", model)
+        self.targets = check.names("targets", targets, empty=False)
+        self.split = check.whole("split", split, at_least=1)
+        self.copies = check.whole("copies", copies, at_least=1, at_most=_MOST)
+        self.gate: Gate = check.choice("gate", gate, Gate)
+        self.router_std = check.number("router_std", router_std, at_least=0)
+        self.aux_weight = check.number("aux_weight", aux_weight, at_least=0)
+        self.train_names = check.optional(check.names, "train", train)
+        self.router_start: RouterStart = check.choice("router_start", router_start, RouterStart)
+        self.expert_start: ExpertStart = check.choice("expert_start", expert_start, ExpertStart)
+        self.backend: Backend = check.choice("backend", backend, Backend)
+        self.criterion = check.optional(check.function, "criterion", criterion)
+        self.seed = check.seed("seed", seed)
         check_example(model, example)
         if any(isinstance(m, MoEFFN) for m in model.modules()):
             raise ValueError("model: it was converted already; convert the dense one")
-        self.targets, self.split, self.copies, self.gate = tuple(targets), split, copies, gate
-        self.router_std, self.aux_weight, self.seed = router_std, aux_weight, seed
-        self.train_names = None if train is None else tuple(train)
-        self.router_start, self.expert_start, self.backend = router_start, expert_start, backend
-        self.criterion, self.example, self.model = criterion, example, model
-        self.sites = find_sites(model, targets)
+        names = [n for n, _ in model.named_modules()]
+        for pattern in self.train_names or ():
+            if not any(fnmatchcase(n, pattern) for n in names):
+                raise ValueError(f"train: no module of the model is named {pattern!r}")
+        self.example, self.model = example, model
+        self.sites = find_sites(model, self.targets)
         if not self.sites:
             linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
             raise ValueError(
-                f"targets: {list(targets)} holds no feed-forward network (fc1/fc2, linear1/linear2, gate_proj/up_proj/"
-                f"down_proj, or a Sequential of two Linear); linear layers: {', '.join(linears[:12])}"
+                f"targets: {list(self.targets)} holds no feed-forward network (fc1/fc2, linear1/linear2, "
+                f"gate_proj/up_proj/down_proj, or a Sequential of two Linear); linear layers: {', '.join(linears[:12])}"
             )
         self._replaced: list[dict[str, Any]] = []  # what stood where, for ``extract``
         self._convert()
@@ -464,10 +462,6 @@ class DynamicDINO(Dynamic):
     def _freeze(self) -> None:
         if self.train_names is None:
             return
-        names = [n for n, _ in self.model.named_modules()]
-        for pattern in self.train_names:
-            if not any(fnmatchcase(n, pattern) for n in names):
-                raise ValueError(f"train: no module of the model is named {pattern!r}")
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         chosen = [m for n, m in self.model.named_modules() if any(fnmatchcase(n, p) for p in self.train_names)]
@@ -553,19 +547,21 @@ class DynamicDINO(Dynamic):
         together = [torch.zeros(experts, experts, dtype=torch.float64) for _ in self.sites]
         partners, tokens = [0] * len(self.sites), [0] * len(self.sites)
         before = self.point
-        self.use(Point(top_k=self.split))
         given = [data] if isinstance(data, Mapping) and "labels" not in data else inputs_of(data)
-        with evaluating(self):
-            for x in given:
-                call(self.model, to_device(x, device_of(self.model)))
-                for i, moe in enumerate(self.mixtures()):
-                    _, chosen = cast(tuple[Tensor, Tensor], moe.routed)
-                    picked = F.one_hot(chosen, experts).sum(1).double().cpu()  # (T, E) of 0 and 1
-                    together[i] += picked.t() @ picked
-                    own = chosen // self.split
-                    partners[i] += int((own == own[:, :1]).all(1).sum())
-                    tokens[i] += len(chosen)
-        self.use(before)
+        try:
+            self.use(Point(top_k=self.split))
+            with evaluating(self):
+                for x in given:
+                    call(self.model, to_device(x, device_of(self.model)))
+                    for i, moe in enumerate(self.mixtures()):
+                        _, chosen = cast(tuple[Tensor, Tensor], moe.routed)
+                        picked = F.one_hot(chosen, experts).sum(1).double().cpu()  # (T, E) of 0 and 1
+                        together[i] += picked.t() @ picked
+                        own = chosen // self.split
+                        partners[i] += int((own == own[:, :1]).all(1).sum())
+                        tokens[i] += len(chosen)
+        finally:
+            self.use(before)
         if not tokens[0]:
             raise ValueError("data: it holds no inputs")
         found = {}

@@ -42,12 +42,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.gates import calibration_error, exit_distribution, first_exit, leaves, uncertainty
@@ -58,6 +59,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    first_line,
     packed,
     rows_of,
     split_batch,
@@ -68,6 +70,10 @@ from pliant.core.objective import Criterion, row_classes
 from pliant.core.rows import Compact, ExitPlan, check_compact, hidden_of
 
 Feature = Callable[[Tensor], Tensor]
+Weighting = Literal["exit", "single", "none"]
+GateScore = Literal["ce", "error", "confidence"]
+PosWeight = Literal["code", "exact"]
+Rule = Literal["confidence", "shares"]
 _EPS = 1e-8
 _WARMUP, _JOINT = 0, 1
 
@@ -100,8 +106,10 @@ class JEIDNN(Dynamic):
         exits: names of modules in the order of execution; the repeated blocks but the last one by default.
         feature: hidden state to (B, D); by default the mean over space of (B, D, H, W), the first token of (B, N, D).
             For a transformer with a final norm: ``lambda h: model.norm(h[:, 0])``.
-        im_weighting: "exit" trains IMs by exit probability; "none" by the plain mean, as the published runs did.
-        gate_score: what the gates' targets minimise beside the cost: "ce", "error" (0 or 1) or "confidence" (-p_y).
+        im_weighting: "exit" trains IMs by exit probability; "single" each sample at the exit alone that it takes;
+            "none" by the plain mean, as the published runs did.
+        gate_score: what the gates' targets minimise beside the cost: "ce", "error" (0 or 1) or "confidence": -p_y where
+            the answer is right, else 0.
         pos_weight: "code" counts samples whose best exit is l, "exact" those whose best exit is l or before.
         warmup: share of the training (``progress``) in which IMs train alone.
         patience: epochs without a better validation accuracy after which the warm-up of an IM stops.
@@ -142,18 +150,20 @@ class JEIDNN(Dynamic):
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
-        weights = tuple(float(w) for w in cost_weights)
-        if not weights or len(set(weights)) < len(weights) or not all(0 <= w < math.inf for w in weights):
-            raise ValueError(f"cost_weights: {weights} is not allowed; one or more different finite numbers >= 0")
-        _allowed("im_weighting", im_weighting, ("exit", "none"))
-        _allowed("gate_score", gate_score, ("ce", "error", "confidence"))
-        _allowed("pos_weight", pos_weight, ("code", "exact"))
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup: {warmup} is not allowed; a share of the training between 0 and 1")
-        for name, count in (("patience", patience), ("phase_batches", phase_batches)):
-            if count < 1:
-                raise ValueError(f"{name}: {count} is not allowed; at least 1")
-        check_compact(compact)
+        weights: tuple[float, ...] = check.sequence("cost_weights", cost_weights, _at_least_zero)
+        check.distinct("cost_weights", weights)
+        check.module("model", model)
+        self.cost_weights = weights
+        self.exits = check.optional(check.names, "exits", exits, empty=False)
+        self.feature = check.optional(check.function, "feature", feature)
+        self.im_weighting: Weighting = check.choice("im_weighting", im_weighting, Weighting)
+        self.gate_score: GateScore = check.choice("gate_score", gate_score, GateScore)
+        self.pos_weight: PosWeight = check.choice("pos_weight", pos_weight, PosWeight)
+        self.warmup = check.share("warmup", warmup)
+        self.patience = check.whole("patience", patience, at_least=1)
+        self.phase_batches = check.whole("phase_batches", phase_batches, at_least=1)
+        self.compact = check_compact(compact)
+        self.criterion = check.optional(check.function, "criterion", criterion)
         prediction = check_example(model, example)
         if prediction.ndim != 2 or prediction.shape[1] < 2:
             raise ValueError(
@@ -161,14 +171,12 @@ class JEIDNN(Dynamic):
             )
         self.model = model.requires_grad_(False).eval()
         self.example = example
-        self.cost_weights, self.exits, self.feature = weights, exits, feature
-        self.im_weighting, self.gate_score, self.pos_weight = im_weighting, gate_score, pos_weight
-        self.warmup, self.patience, self.phase_batches = warmup, patience, phase_batches
-        self.compact, self.criterion = compact, criterion
-
         self.plan = ExitPlan(model, example, exits)
         with torch.no_grad():
-            levels, _ = self.plan.collect(model, example, self._feature)
+            try:
+                levels, _ = self.plan.collect(model, example, self._feature)
+            except (RuntimeError, TypeError, IndexError) as error:
+                raise ValueError(f"feature: it fails on a hidden state of the model: {first_line(error)}") from error
         self.widths = tuple(z.shape[1] for z in levels)
         self.classes = prediction.shape[1]
         g, n, c = len(self.plan), len(weights), self.classes
@@ -236,6 +244,7 @@ class JEIDNN(Dynamic):
             Point(exit=g),
         ]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the rows that a block gets depend on their values
     def forward(self, *args: Any, exit_features: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Logits (B, C) at the current setting, computed on only the rows that need each block."""
         return self.decide(*args, exit_features=exit_features, **kwargs).logits
@@ -330,8 +339,11 @@ class JEIDNN(Dynamic):
         if self.im_weighting == "none":
             return ce.mean((1, 2)).sum() + plain.mean()
         with torch.no_grad():
-            p = exit_distribution(self._gate_logits(a).sigmoid())[..., :-1]
-        return im_loss(ce, p) + plain.mean()
+            p = exit_distribution(self._gate_logits(a).sigmoid())
+        if self.im_weighting == "single":
+            every = torch.cat((ce, self._row_loss(final, y).expand(len(a), -1)[..., None]), -1)
+            return every.gather(-1, first_exit(p)[..., None]).mean((1, 2)).sum() + plain.mean()
+        return im_loss(ce, p[..., :-1]) + plain.mean()
 
     def epoch_end(self, validation: Iterable[Batch] | None) -> None:
         """Early stopping of the warm-up, pos-weights, and the best weights so far, all by ``validation``."""
@@ -501,7 +513,8 @@ class JEIDNN(Dynamic):
         elif self.gate_score == "error":
             score = (every.argmax(-1) != y[:, None]).float()
         else:
-            score = -every.softmax(-1).gather(-1, y[:, None, None].expand(*every.shape[:3], 1)).squeeze(-1)
+            top = every.softmax(-1).max(-1)
+            score = -(top.values * (top.indices == y[:, None]))
         return gate_targets(score, self.costs, self._lambdas())
 
     # -- best weights ---------------------------------------------------------------------------------------------
@@ -587,9 +600,8 @@ class CachedFeatures:
     """Batches ``{"exit_features": (B, sum D_l + C), "labels": (B,)}`` of a frozen network, as often as wanted."""
 
     def __init__(self, features: Tensor, labels: Tensor, batch_size: int = 64, shuffle: bool = False) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} is not allowed; at least 1")
-        self.features, self.labels, self.batch_size, self.shuffle = features, labels, batch_size, shuffle
+        self.batch_size = check.whole("batch_size", batch_size, at_least=1)
+        self.features, self.labels, self.shuffle = features, labels, check.boolean("shuffle", shuffle)
 
     def __len__(self) -> int:
         return -(-len(self.labels) // self.batch_size)
@@ -699,10 +711,10 @@ class ThresholdExit(Dynamic):
         self, net: JEIDNN, *, rule: str = "confidence", target_costs: Sequence[float] = (0.4, 0.6, 0.8)
     ) -> None:
         super().__init__()
-        _allowed("rule", rule, ("confidence", "shares"))
-        if not target_costs or not all(0 < t <= 1 for t in target_costs):
-            raise ValueError(f"target_costs: {tuple(target_costs)} is not allowed; one or more numbers in (0, 1]")
-        self.net, self.rule, self.target_costs = net, rule, tuple(sorted(map(float, target_costs)))
+        self.net: JEIDNN = check.instance("net", net, JEIDNN)
+        self.rule: Rule = check.choice("rule", rule, Rule)
+        self.target_costs = tuple(sorted(check.sequence("target_costs", target_costs, _relative_cost)))
+        check.distinct("target_costs", self.target_costs)
         shape = len(self.target_costs), len(net.plan)
         self.register_buffer("thresholds", torch.full(shape, math.nan, device=device_of(net)))
         self.point = self.points()[-1]
@@ -732,12 +744,15 @@ class ThresholdExit(Dynamic):
             if not parts:
                 raise ValueError("validation: it has no batches")
             confidence = torch.cat(parts)  # (n, G)
+            if not bool(torch.isfinite(confidence).all()):
+                raise ValueError("validation: the predictions on it are NaN or infinite")
             candidates = _one_threshold(confidence) if self.rule == "confidence" else _shares(confidence)
             costs = torch.stack([net.head_costs[1][_first_over(confidence, t)].mean() for t in candidates])
             for i, target in enumerate(self.target_costs):
                 self.thresholds[i] = candidates[int((costs - target).abs().argmin())]
         return self
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # as the network's own
     def forward(self, *args: Any, exit_features: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Logits (B, C) at the current setting."""
         return self.decide(*args, exit_features=exit_features, **kwargs).logits
@@ -766,16 +781,18 @@ class ThresholdExit(Dynamic):
         """Accuracy, mean relative cost and calibration error at every point."""
         cached = [self.net._inputs(batch) for batch in data]
         before, found = self.point, []
-        with torch.no_grad():
-            for point in self.points():
-                self.use(point)
-                parts = []
-                for levels, final, y in cached:
-                    every, _, exit_ = self._answers(levels, final)
-                    a = every[torch.arange(len(y), device=y.device), exit_]
-                    parts.append(_judged(a, y, self.net.head_costs[1][exit_]))
-                found.append(_outcome(point, parts))
-        self.use(before)
+        try:
+            with torch.no_grad():
+                for point in self.points():
+                    self.use(point)
+                    parts = []
+                    for levels, final, y in cached:
+                        every, _, exit_ = self._answers(levels, final)
+                        a = every[torch.arange(len(y), device=y.device), exit_]
+                        parts.append(_judged(a, y, self.net.head_costs[1][exit_]))
+                    found.append(_outcome(point, parts))
+        finally:
+            self.use(before)
         return found
 
     def conformal(self, validation: Iterable[Batch]) -> Conformal:
@@ -826,9 +843,12 @@ def _shares(confidence: Tensor) -> list[Tensor]:
 # -- small things -----------------------------------------------------------------------------------------------------
 
 
-def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not allowed; one of {', '.join(map(repr, allowed))}")
+def _at_least_zero(name: str, value: Any) -> float:
+    return check.number(name, value, at_least=0)
+
+
+def _relative_cost(name: str, value: Any) -> float:
+    return check.number(name, value, above=0, at_most=1)
 
 
 def _nobody(l: int, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
@@ -901,7 +921,7 @@ def _truncated(net: JEIDNN, k: int) -> nn.Module:
         def __init__(self) -> None:
             super().__init__()
             self.model = net.model  # and no copy, since ``feature`` may speak of its modules
-            self.head = nn.Linear(net.widths[k], net.classes, device=net.head_bias.device)
+            self.head = nn.Linear(net.widths[k], net.classes, device=net.head_bias.device, dtype=net.head_bias.dtype)
             self.head.load_state_dict({"weight": net.plain_weight[k], "bias": net.plain_bias[k]})
 
         def forward(self, *tensors: Tensor) -> Tensor:

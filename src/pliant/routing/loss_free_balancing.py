@@ -63,7 +63,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pliant.core import check
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.experts import Activation, Backend, Experts, top_k
 from pliant.core.inputs import (
@@ -90,6 +91,7 @@ StepSize = Callable[[Tensor, int], Tensor]
 Rule = Literal["sign", "proportional"]
 Decay = Literal["constant", "1/n", "1/sqrt(n)"]
 Score = Literal["sigmoid", "softmax"]
+_MOST = 65_536  # experts
 PRICES = ("expert_bias", "e_score_correction_bias")
 _DECAY: dict[str, Callable[[int], float]] = {
     "constant": lambda n: 1.0,
@@ -180,7 +182,7 @@ def price_step(
     elif callable(rule):
         step = rate * rule(load, n).double() * excess.double() / load.shape[-1]
     else:
-        raise ValueError(f"rule: {rule!r} is not allowed; {_words(Rule)}, or a function (load, n) -> eps")
+        raise _wrong_rule(rule)
     return step - step.mean(-1, keepdim=True) if centre else step
 
 
@@ -236,22 +238,18 @@ class Router(nn.Module):
         top_groups: int = 1,
     ) -> None:
         super().__init__()
-        for name, size in (("features", features), ("experts", experts), ("groups", groups)):
-            if size < 1:
-                raise ValueError(f"{name}: {size} is not a positive number")
-        if experts % groups or not 1 <= top_groups <= groups:
-            raise ValueError(f"groups, top_groups: {groups}, {top_groups} do not share out {experts} experts evenly")
+        self.features = check.whole("features", features, at_least=1)
+        self.experts = check.whole("experts", experts, at_least=1, at_most=_MOST)
+        self.groups = check.whole("groups", groups, at_least=1)
+        self.top_groups = check.whole("top_groups", top_groups, at_least=1, at_most=self.groups)
+        if experts % groups:
+            raise ValueError(f"groups: {groups} groups do not share out {experts} experts evenly")
         if groups > 1 and experts // groups < 2:
             raise ValueError(f"groups: {groups} groups of one expert; a group is scored by its two best")
-        if not 1 <= top_k <= experts // groups * top_groups:
-            raise ValueError(f"top_k: {top_k}; allowed: 1..{experts // groups * top_groups} (experts that are open)")
-        if score not in get_args(Score):
-            raise ValueError(f"score: {score!r} is not allowed; {_words(Score)}")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale: {scale} is not a positive number")
-        self.features, self.experts, self.top_k = features, experts, top_k
-        self.score, self.normalise, self.scale = score, normalise, scale
-        self.groups, self.top_groups = groups, top_groups
+        self.top_k = check.whole("top_k", top_k, at_least=1, at_most=experts // groups * top_groups)
+        self.score: Score = check.choice("score", score, Score)
+        self.normalise = check.boolean("normalise", normalise)
+        self.scale = check.positive("scale", scale)
         self.weight = nn.Parameter(torch.empty(experts, features))
         self.register_buffer("expert_bias", torch.zeros(experts))
         self.reset_parameters()
@@ -327,8 +325,7 @@ class MoE(nn.Module):
         **router: Any,
     ) -> None:
         super().__init__()
-        if shared < 0:
-            raise ValueError(f"shared: {shared} is not allowed; 0 or more")
+        check.whole("shared", shared, at_least=0, at_most=_MOST)
         options: dict[str, Any] = {"activation": activation, "gated": gated, "bias": bias}
         self.router = Router(features, experts, top_k, **router)
         self.experts = Experts(features, hidden, experts, backend=backend, **options)
@@ -395,25 +392,21 @@ class LossFreeBalancer(Dynamic):
         names: Sequence[str] = PRICES,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if not (math.isfinite(rate) and rate > 0):
-            raise ValueError(f"rate: {rate} is not allowed; a finite number above 0 (freeze() stops the prices)")
-        if not callable(rule) and rule not in get_args(Rule):
-            raise ValueError(f"rule: {rule!r} is not allowed; {_words(Rule)}, or a function (load, n) -> eps")
-        if decay not in _DECAY:
-            raise ValueError(f"decay: {decay!r} is not allowed; {_words(Decay)}")
-        if not 0 < freeze_after <= 1:
-            raise ValueError(f"freeze_after: {freeze_after} is not allowed; a share of the training in (0, 1]")
-        weights = {"aux_weight": aux_weight, "sequence_weight": sequence_weight, "z_weight": z_weight}
-        for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name}: {weight} is not allowed; a finite number of 0 or more")
-        self.model = model
-        self.rate, self.rule, self.decay, self.centre, self.freeze_after = rate, rule, decay, centre, freeze_after
-        self.top_ks = None if top_ks is None else tuple(top_ks)
-        self.aux_weight, self.sequence_weight, self.z_weight = aux_weight, sequence_weight, z_weight
-        self.criterion, self.padding, self.names = criterion, padding, tuple(names)
+        self.model = check.module("model", model)
+        self.rate = check.positive("rate", rate)
+        if not callable(rule) and rule not in ("sign", "proportional"):
+            raise _wrong_rule(rule)
+        self.rule: Rule | StepSize = rule
+        self.decay: Decay = check.choice("decay", decay, Decay)
+        self.centre = check.boolean("centre", centre)
+        self.freeze_after = check.number("freeze_after", freeze_after, above=0, at_most=1)
+        self.top_ks = check.optional(check.sequence, "top_ks", top_ks, check.whole)
+        self.aux_weight = check.number("aux_weight", aux_weight, at_least=0)
+        self.sequence_weight = check.number("sequence_weight", sequence_weight, at_least=0)
+        self.z_weight = check.number("z_weight", z_weight, at_least=0)
+        self.criterion = check.optional(check.function, "criterion", criterion)
+        self.padding = check.text("padding", padding)
+        self.names = check.names("names", names, empty=False)
 
         self.steps, self._frozen, self._final = 0, False, False
         self.sites = _find(self, model, self.names)
@@ -476,8 +469,8 @@ class LossFreeBalancer(Dynamic):
         if len(routers) < len(self.sites) and len(self.top_ks) != 1:
             raise ValueError(f"top_ks: {self.top_ks}; only pliant's Router can be turned, and the model has others")
         most = min(r.experts // r.groups * r.top_groups for r in routers) if routers else self.sites[0].experts
-        if not self.top_ks or len(set(self.top_ks)) < len(self.top_ks) or not all(1 <= k <= most for k in self.top_ks):
-            raise ValueError(f"top_ks: {self.top_ks} is not allowed; different numbers of experts in 1..{most}")
+        if len(set(self.top_ks)) < len(self.top_ks) or not all(1 <= k <= most for k in self.top_ks):
+            raise check.wrong("top_ks", self.top_ks, f"different numbers of experts in 1..{most}")
         return [Point(top_k=int(k)) for k in sorted(self.top_ks)]
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -486,10 +479,15 @@ class LossFreeBalancer(Dynamic):
         """The model's own loss, plus the auxiliary ones that have a weight."""
         wanted = bool(self.aux_weight or self.sequence_weight or self.z_weight)
         self._heard = [] if wanted else None
+        counted = [(site, site.tally.clone(), site.calls, site.forwards) for site in self.sites]
         try:
             value = self._task_loss(batch)
             if self._heard is not None:
                 value = value + self._auxiliary(self._heard, rows_of(split_batch(batch)[0]))
+        except BaseException:  # a batch that no step will follow does not count
+            for site, tally, calls, forwards in counted:
+                site.tally, site.calls, site.forwards = tally, calls, forwards
+            raise
         finally:
             self._heard = None
         return value
@@ -642,7 +640,7 @@ class LossFreeBalancer(Dynamic):
     def _count(self, site: _Site, chosen: Tensor, output: Any) -> None:
         """One router's choice (..., K), if it is one that counts."""
         if self._audit is not None:
-            self._audit[site.name] += self._tally(site, chosen)[:-1].cpu()
+            self._audit[site.name] += self._tally(site, chosen, output)[:-1].cpu()
             return
         backward = torch._C._current_graph_task_id() != -1  # a checkpoint runs its region again
         if self._heard is not None and not backward:
@@ -651,14 +649,18 @@ class LossFreeBalancer(Dynamic):
             return
         site.forwards += not backward
         site.calls += 1
-        tally = self._tally(site, chosen)
+        tally = self._tally(site, chosen, output)
         site.tally = site.tally.to(tally.device) + tally
 
-    def _tally(self, site: _Site, chosen: Tensor) -> Tensor:
-        """Tokens of each expert, then their number: (E + 1,)."""
+    def _tally(self, site: _Site, chosen: Tensor, output: Any) -> Tensor:
+        """Tokens of each expert, then their number: (E + 1,). A token whose scores are NaN chose nothing."""
         rows = chosen.detach().reshape(-1, chosen.shape[-1]).long()
         tally = torch.zeros(site.experts + 1, dtype=torch.int64, device=rows.device)
         real = self._padding.of(len(rows))
+        for t in _tensors(output):
+            if t.is_floating_point() and t.dim() >= 2 and t.numel() // t.shape[-1] == len(rows):
+                known = ~t.detach().reshape(len(rows), t.shape[-1]).isnan().any(1)
+                real = known if real is None else real & known
         # No boolean index and no bincount: both would wait for the GPU.
         if real is not None:
             real = real[:, None].to(rows)
@@ -822,7 +824,8 @@ def _find(balancer: LossFreeBalancer, model: nn.Module, names: Sequence[str]) ->
             sites.append(_Site(balancer, path or type(owner).__name__, attribute, owner, near))
     if not sites:
         raise ValueError(
-            f"model: no router found in {type(model).__name__}: no module has a tensor named {' or '.join(names)}"
+            f"model, names: no router found in {type(model).__name__}: no module has a tensor named "
+            + " or ".join(names)
         )
     return sites
 
@@ -860,5 +863,6 @@ def _balance(probability: Tensor, chosen: Tensor, real: Tensor, sequences: int) 
     return probability.shape[-1] * (f * p).sum(-1).mean()
 
 
-def _words(kind: Any) -> str:
-    return ", ".join(map(repr, get_args(kind)))
+def _wrong_rule(rule: object) -> Exception:
+    kind = ValueError if isinstance(rule, str) else TypeError
+    return check.wrong("rule", rule, "'sign', 'proportional', or a function (load, n) -> eps", kind)

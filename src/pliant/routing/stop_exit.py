@@ -48,17 +48,25 @@ Where the specification is silent, or this file differs:
 
 from __future__ import annotations
 
+import atexit
 import copy
+import importlib.util
 import inspect
 import math
+import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.cost import count_flops
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.inputs import (
@@ -77,6 +85,9 @@ from pliant.core.rows import hidden_of
 STOP, EXIT, CONTINUE = 0, 1, 2
 GRID = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999)  # the thresholds that the paper's code tries
 _HEADS, _CONTROLLER = 0, 1
+
+LabelRule = Literal["first_correct", "self_correct"]
+Phase = Literal["heads", "controller"]
 
 Context = Mapping[str, Tensor]
 
@@ -298,14 +309,19 @@ class TransformersParts(Parts):
         return k, v
 
     def truncated(self, k: int, head: nn.Module, norm: bool) -> nn.Module:
-        """A copy of the model with k + 1 blocks and another head: it generates, saves and loads as any of its class."""
+        """A copy of the model with k + 1 blocks and another head: it generates, saves and loads as any of its class.
+
+        Without the final norm it is of a subclass, since no configuration of transformers switches the norm off. Its
+        code is saved beside the weights: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+        """
         model: Any = copy.deepcopy(self.model)
         base = _at(model, self.layout.base)
         del getattr(base, self.layout.blocks)[k + 1 :]
         if not norm:
-            setattr(base, self.layout.norm, nn.Identity())
-            if hasattr(base, "project_out"):
-                base.project_out = None
+            projected = getattr(base, "project_out", None) is not None
+            owner: type = type(model)
+            model.__class__ = _without_norm(owner, self.layout.base, self.layout.norm, projected)
+            model.drop_norm()
         model.lm_head = copy.deepcopy(head)
         model.config.num_hidden_layers = k + 1
         model.config.tie_word_embeddings = False
@@ -313,6 +329,51 @@ class TransformersParts(Parts):
             model.config.layer_types = model.config.layer_types[: k + 1]
         whole: nn.Module = model
         return whole
+
+
+_WITHOUT_NORM = '''"""A {name} whose head reads the residual stream itself, with no norm before it."""
+
+import torch
+from {module} import {name}
+from torch import nn
+
+
+class {name}WithoutNorm({name}):
+    def __init__(self, config):
+        super().__init__(config)
+        self.drop_norm()
+
+    def drop_norm(self):
+        base = self.{base}
+        base.{norm} = nn.Identity()
+        # A file of this class does not fit {name} itself, which would start a norm anew and say nothing.
+        base.{norm}.register_buffer("weight", torch.empty(0))
+        {projection}
+'''
+
+
+@cache
+def _without_norm(owner: type, base: str, norm: str, projected: bool) -> type:
+    """The subclass of a model of transformers that has no final norm, in a module of its own that is saved with it."""
+    name = owner.__name__
+    projection = (
+        "base.project_out, self.lm_head = None, nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)"
+    )
+    projection = projection if projected else ""
+    text = _WITHOUT_NORM.format(name=name, module=owner.__module__, base=base, norm=norm, projection=projection)
+    folder = Path(tempfile.mkdtemp(prefix="without_norm_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / f"{name.lower()}_without_{norm}{'_' * projected}.py"
+    path.write_text(text.rstrip() + "\n")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made: Any = getattr(module, f"{name}WithoutNorm")
+    made.register_for_auto_class("AutoModelForCausalLM")
+    found: type = made
+    return found
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -338,7 +399,7 @@ def exit_labels(correct: Tensor, rule: str = "first_correct") -> Tensor:
     "first_correct" (the paper's): exit from the first place that is right on, continue before it, stop where none is.
     "self_correct": exit where this place is right, continue where only a later one is, else stop.
     """
-    _allowed("label_rule", rule, ("first_correct", "self_correct"))
+    check.choice("label_rule", rule, LabelRule)
     found = correct.new_full(correct.shape, CONTINUE, dtype=torch.int64)
     if rule == "first_correct":
         seen = correct.cumsum(0) > 0
@@ -417,8 +478,7 @@ class Controller:
 
     def __init__(self, net: StopExit, exit_threshold: float = math.inf, stop_threshold: float = math.inf) -> None:
         for name, value in (("exit_threshold", exit_threshold), ("stop_threshold", stop_threshold)):
-            if not value >= 0:
-                raise ValueError(f"{name}: {value} is not allowed; 0 or more (above 1 switches it off)")
+            _threshold(name, value)
         self.layers = net.decision_layers
         self.w = net.controller.weight.detach().T  # W (d, 3)
         self.taus = taus_of(exit_threshold, stop_threshold, self.w)
@@ -435,8 +495,8 @@ class Confidence:
     """
 
     def __init__(self, net: StopExit, threshold: float, score: str = "margin") -> None:
-        _allowed("score", score, ("margin", "probability"))
-        self.net, self.layers, self.threshold, self.score = net, net.heads, threshold, score
+        self.score = check.choice("score", score, ("margin", "probability"))
+        self.net, self.layers, self.threshold = net, net.heads, threshold
 
     def __call__(self, layer: int, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """Exit where the score is above the threshold."""
@@ -544,7 +604,8 @@ class StopExit(Dynamic):
         heads_share: share of the training, by ``schedule``, in which the heads train; then the controller does.
         train_final: train a copy of the model's own head with the others, as the CodeGen variant does.
         thresholds: the adaptive points: tau_exit, or pairs (tau_exit, tau_stop). ``use`` takes any others as well.
-        fill: "kv" computes the keys and values of skipped blocks alone, "qkv" runs the block's whole projection.
+        fill: "kv" computes the keys and values of skipped blocks alone where that gives what the block itself would
+            cache, which is tried for each of them; "qkv" runs the block's whole projection.
         eos_token_id: the end of a sequence; the model's own by default.
         parts: takes a decoder of another layout apart: a subclass of ``Parts``.
         seed: of the initial heads and controller.
@@ -575,35 +636,33 @@ class StopExit(Dynamic):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if head_norm not in (None, "ln_f"):
-            raise ValueError(f"head_norm: {head_norm!r} is not allowed; None or 'ln_f'")
-        _allowed("head_init", head_init, ("normal", "lm_head"))
-        _allowed("label_rule", label_rule, ("first_correct", "self_correct"))
-        _allowed("fill", fill, ("kv", "qkv"))
-        if not 0 <= heads_share <= 1:
-            raise ValueError(f"heads_share: {heads_share} is not allowed; a share of the training between 0 and 1")
-        if not 0 < head_std < math.inf:
-            raise ValueError(f"head_std: {head_std} is not allowed; a finite number above 0")
+        check.module("model", model)
+        self.head_norm = check.optional(check.choice, "head_norm", head_norm, ("ln_f",))
+        self.head_init = check.choice("head_init", head_init, ("normal", "lm_head"))
+        self.head_std = check.positive("head_std", head_std)
+        self.label_rule: LabelRule = check.choice("label_rule", label_rule, LabelRule)
+        self.heads_share = check.share("heads_share", heads_share)
+        self.train_final = check.boolean("train_final", train_final)
+        self.thresholds = check.sequence("thresholds", thresholds, _thresholds)
+        check.choice("fill", fill, ("kv", "qkv"))
+        self.eos_token_id = check.optional(check.whole, "eos_token_id", eos_token_id, at_least=0)
+        self.parts = check.optional(check.function, "parts", parts)
+        self.seed = check.seed("seed", seed)
+        self.decoder = TransformersParts(model) if parts is None else _taken_apart(parts, model)
         self.model = model.requires_grad_(False).eval()
-        self.parts = parts
-        self.decoder = TransformersParts(model) if parts is None else parts(model)
         self.layers = len(self.decoder.blocks)
         if self.layers < 2:
             raise ValueError("model: it has fewer than 2 blocks, so there is nowhere to leave")
         self.heads = _places(heads, self.layers)
-        last = self.layers - 1
-        asked = (*self.heads, last) if decision_layers is None else tuple(decision_layers)
-        if not asked or list(asked) != sorted(set(asked)) or not set(asked) <= {*self.heads, last}:
-            raise ValueError(f"decision_layers: {asked} is not allowed; in order, out of {(*self.heads, last)}")
-        self.decision_layers = asked
-        self.head_norm, self.head_init, self.head_std, self.label_rule = head_norm, head_init, head_std, label_rule
-        self.heads_share, self.train_final, self.seed = heads_share, train_final, seed
-        self.eos_token_id = eos_token_id
+        known = (*self.heads, self.layers - 1)
+        asked = known if decision_layers is None else decision_layers
+        self.decision_layers: tuple[int, ...] = check.choices("decision_layers", asked, known)
+        if list(self.decision_layers) != sorted(self.decision_layers):
+            raise check.wrong("decision_layers", asked, f"in order, out of {known}")
         hidden, out = self._probe()
         self.width, self.vocabulary = hidden.shape[-1], out.shape[-1]
-        self.fill = fill if fill == "qkv" or self._can_slice() else "qkv"
+        self._alone = self._fillable()
+        self.fill = fill if self._alone else "qkv"
 
         like: dict[str, Any] = {"device": out.device, "dtype": hidden.dtype, "bias": False}
         self.exit_heads = nn.ModuleList([nn.Linear(self._read_width(), self.vocabulary, **like) for _ in self.heads])
@@ -611,7 +670,6 @@ class StopExit(Dynamic):
         self.final_head = copy.deepcopy(self.decoder.head).requires_grad_(True) if train_final else None
         self.register_buffer("stage", torch.tensor(_HEADS if heads_share else _CONTROLLER))
         self.reset_parameters()
-        self.thresholds = tuple(float(t) if isinstance(t, int | float) else tuple(map(float, t)) for t in thresholds)
         for pair in map(_pair, self.thresholds):
             self._policy(*pair)
         self.point = self.points()[-1]
@@ -662,6 +720,7 @@ class StopExit(Dynamic):
             return wanted
         return super()._known(wanted)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what runs depends on every token: there is no graph
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) at the current setting: what each token was followed by, and decided on, in decoding."""
         return self.decide(input_ids, attention_mask).logits
@@ -855,7 +914,7 @@ class StopExit(Dynamic):
 
     @phase.setter
     def phase(self, name: str) -> None:
-        _allowed("phase", name, ("heads", "controller"))
+        check.choice("phase", name, Phase)
         self.stage.fill_(_CONTROLLER if name == "controller" else _HEADS)
         # Gradients that are zero and not None would still move idle weights, by momentum and weight decay.
         for p in self.controller.parameters() if name == "heads" else self._head_parameters():
@@ -979,7 +1038,7 @@ class StopExit(Dynamic):
 
     def _fill(self, layer: int, h: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Keys and values of a skipped block for states (n, 1, d)."""
-        if self.fill == "kv":
+        if self.fill == "kv" and layer in self._alone:
             return self.decoder.keys_values(layer, h, context)
         return Parts.keys_values(self.decoder, layer, h, context)
 
@@ -1078,10 +1137,7 @@ class StopExit(Dynamic):
         found = self.decoder.head(self.decoder.normed(h))
         if not torch.isfinite(expected).all():
             raise ValueError("model: its logits contain NaN or infinity")
-        scale = 1e-2 if found.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        if found.shape != expected.shape or not torch.allclose(
-            found, expected, rtol=scale, atol=scale * expected.abs().max().item()
-        ):
+        if not _alike([found], [expected]):
             raise ValueError(
                 f"model: {type(self.model).__name__} taken apart does not give the model's own logits (it scales or "
                 "adds something between embedding, blocks, norm and head); give parts="
@@ -1089,20 +1145,37 @@ class StopExit(Dynamic):
         return h, found
 
     @torch.no_grad()
-    def _can_slice(self) -> bool:
-        """Whether keys and values alone can be had, and are what the block itself would have cached."""
-        if type(self.decoder).keys_values is Parts.keys_values:
-            return False
-        ids = torch.arange(2, device=device_of(self.model))[:, None]
-        h, context = self.decoder.embed(ids, ids + 1)
-        try:
-            own = self.decoder.keys_values(0, h, context)
-        except (RuntimeError, AttributeError, TypeError):
-            return False
-        whole = Parts.keys_values(self.decoder, 0, h, context)
-        return all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(own, whole, strict=True)
-        )
+    def _fillable(self) -> frozenset[int]:
+        """The blocks whose keys and values alone are what a pass with all blocks leaves in the cache.
+
+        Every block is asked: some families (SmolLM3) mix blocks that rotate their keys with blocks that do not.
+
+        Raises:
+            ValueError: a block's own projection gives another cache than the pass, or decoding other logits.
+        """
+        ids = torch.arange(4, device=device_of(self.model))[None]
+        run = _Decoding(self, 1, None, 4, None)
+        run.prompt(ids[:, :3])
+        h, context = self.decoder.embed(ids[:, 3:], run.positions)
+        alone = set()
+        for i in range(self.layers):
+            entry = h
+            h = self.decoder.block(i, h, None, context, run.store)
+            cached = [t[:, :, 3:] for t in (run.store.keys[i], run.store.values[i]) if t is not None]
+            if not _alike(Parts.keys_values(self.decoder, i, entry, context), cached):
+                raise ValueError(f"model: block {i} caches other keys and values than it computes from its input alone")
+            if type(self.decoder).keys_values is Parts.keys_values:
+                continue
+            try:
+                own = self.decoder.keys_values(i, entry, context)
+            except (RuntimeError, AttributeError, TypeError):
+                continue
+            if _alike(own, cached):
+                alone.add(i)
+        found, expected = self.decoder.head(self.decoder.normed(h))[:, -1], logits(self.model(ids))[:, -1]
+        if not _alike([found], [expected]):
+            raise ValueError(f"model: {type(self.model).__name__} decoded token by token does not give its own logits")
+        return frozenset(alone)
 
 
 class _Decoding:
@@ -1225,6 +1298,27 @@ class _Decoding:
 # -- small things -----------------------------------------------------------------------------------------------------
 
 
+def _taken_apart(parts: Callable[[nn.Module], Parts], model: nn.Module) -> Parts:
+    """What the argument ``parts`` makes of the model."""
+    try:
+        found = parts(model)
+    except TypeError as error:
+        raise TypeError(f"parts: it does not take the model: {first_line(error)}") from error
+    made: Parts = check.instance("parts", found, Parts)
+    return made
+
+
+def _alike(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Whether tensors are equal to rounding."""
+    return len(found) == len(expected) and all(
+        a.shape == b.shape
+        and torch.allclose(
+            a, b, rtol=(scale := 1e-2 if a.element_size() < 4 else 1e-4), atol=scale * float(b.abs().max())
+        )
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
 def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Positions (B, T) that begin after the padding."""
     if mask is None:
@@ -1235,25 +1329,31 @@ def _positions(ids: Tensor, mask: Tensor | None) -> Tensor:
 def _places(heads: str | int | Sequence[int], layers: int) -> tuple[int, ...]:
     """Numbers of the blocks with a head."""
     if isinstance(heads, str):
-        _allowed("heads", heads, ("all",))
+        check.choice("heads", heads, ("all",))
         return tuple(range(layers - 1))
     if isinstance(heads, int):
-        if isinstance(heads, bool) or heads < 1:
-            raise ValueError(f"heads: {heads} is not allowed; an interval of 1 or more")
-        return tuple(range(0, layers - 1, heads))
-    found = tuple(int(k) for k in heads)
-    if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] > layers - 2:
-        raise ValueError(f"heads: {found} is not allowed; different blocks in order, out of 0..{layers - 2}")
+        return tuple(range(0, layers - 1, check.whole("heads", heads, at_least=1)))
+    found: tuple[int, ...] = check.sequence("heads", heads, check.whole)
+    if list(found) != sorted(set(found)) or found[0] < 0 or found[-1] > layers - 2:
+        raise check.wrong("heads", heads, f"different blocks in order, out of 0..{layers - 2}")
     return found
 
 
-def _pair(threshold: float | Sequence[float]) -> tuple[float, float]:
+def _threshold(name: str, value: Any) -> float:
+    """A threshold: 0 or more, infinite ones too, since above 1 it switches its action off."""
+    return math.inf if isinstance(value, float) and value == math.inf else check.number(name, value, at_least=0)
+
+
+def _thresholds(name: str, value: Any) -> float | tuple[float, ...]:
+    """tau_exit, or a pair (tau_exit, tau_stop)."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return check.sequence(name, value, _threshold, length=2)
+    return _threshold(name, value)
+
+
+def _pair(threshold: float | tuple[float, ...]) -> tuple[float, float]:
     """(tau_exit, tau_stop); the latter off where there is none."""
-    if isinstance(threshold, float):
-        return threshold, math.inf
-    if len(threshold) != 2:
-        raise ValueError(f"thresholds: {threshold!r} is not allowed; tau_exit, or a pair (tau_exit, tau_stop)")
-    return threshold[0], threshold[1]
+    return (threshold, math.inf) if isinstance(threshold, float) else (threshold[0], threshold[1])
 
 
 def _point(exit_threshold: float, stop_threshold: float) -> Point:
@@ -1266,8 +1366,3 @@ def _point(exit_threshold: float, stop_threshold: float) -> Point:
 
 def _taus(point: Mapping[str, Value]) -> tuple[float, float]:
     return float(point.get("exit_threshold", math.inf)), float(point.get("stop_threshold", math.inf))
-
-
-def _allowed(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not allowed; one of {', '.join(map(repr, allowed))}")

@@ -57,6 +57,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from threading import Lock, get_ident
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -64,6 +65,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from pliant.core import check
 from pliant.core.cost import flops_per_sample
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.gates import binary_gate
@@ -88,6 +90,9 @@ from pliant.core.slicing import Group, Slicing
 from pliant.core.subnetwork import SubNetwork
 
 Granularity = Literal["layer", "channel"]
+Cost = Literal["macs", "parameters", "gates"]
+Budget = Literal["match", "max"]
+Gate = Literal["input", "free"]
 GATED = Point(gates="input")
 _HIDDEN = 16
 _OPEN = 2.0  # b2: sigmoid(2) = 0.88
@@ -214,13 +219,16 @@ class _Passing:
     """What belongs to this network object alone; copies of it are empty.
 
     ``forwards``: blocks with some branches gated or taken out, made when first asked for. ``gates``: those of the last
-    forward, by branch or group. ``sliced``: the sub-network of the channels that stay.
+    forward, by branch or group, and ``finite``, whether none of their logits was NaN. ``sliced``: the sub-network of
+    the channels that stay; its skeleton serves one thread at a time.
     """
 
     def __init__(self) -> None:
         self.forwards: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.gates: dict[int, Tensor] = {}
+        self.finite: Tensor | None = None
         self.ran = False
+        self.lock = Lock()
         self.sliced: tuple[tuple[bool, ...], SubNetwork] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Passing:
@@ -296,9 +304,10 @@ class Report:
 class Consensus(Dynamic):
     """Binary gates that learn to agree, and the plain sub-network that they agree on.
 
-    The dial has two settings: ``Point(sparsity=1 - keep)``, the consensus sub-network, and ``Point(gates="input")``,
-    the network whose gates decide for every input. Training always runs the gates. ``fit`` ends with
-    ``find_consensus`` on the training data; before that everything is open.
+    The dial has two settings: ``Point(sparsity=...)``, the consensus sub-network, and ``Point(gates="input")``, the
+    network whose gates decide for every input. Training always runs the gates. ``fit`` ends with ``find_consensus`` on
+    the training data; before that everything is open, and ``sparsity`` is what was asked for, ``1 - keep``. Afterwards
+    it is what was reached, the share of the cost behind the gates that is gone.
 
     Args:
         model: your network; it is wrapped, not copied.
@@ -327,6 +336,7 @@ class Consensus(Dynamic):
 
     costs: Tensor
     means: Tensor
+    found: Tensor
     agreement: Tensor
     frozen: Tensor
     streak: Tensor
@@ -342,52 +352,41 @@ class Consensus(Dynamic):
         blocks: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         keep: float = 0.5,
-        cost: Literal["macs", "parameters", "gates"] = "macs",
-        budget: Literal["match", "max"] = "match",
+        cost: Cost = "macs",
+        budget: Budget = "match",
         lam_polar: float = 3.0,
         lam_cost: float = 10.0,
         warmup: float = 0.1,
         polar_until: float = 0.6,
-        gate: Literal["input", "free"] = "input",
+        gate: Gate = "input",
         freeze_after: int | None = None,
         min_agreement: float = 0.5,
         seed: int = 0,
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
+        check.module("model", model)
+        self.granularity: Granularity = check.choice("granularity", granularity, Granularity)
+        self.blocks = check.names("blocks", blocks, empty=False)
+        self.exclude = check.names("exclude", exclude)
+        self.keep = check.number("keep", keep, above=0, at_most=1)
+        self.cost: Cost = check.choice("cost", cost, Cost)
+        self.budget: Budget = check.choice("budget", budget, Budget)
+        self.lam_polar = check.number("lam_polar", lam_polar, at_least=0)
+        self.lam_cost = check.number("lam_cost", lam_cost, at_least=0)
+        self.warmup, self.polar_until = check.share("warmup", warmup), check.share("polar_until", polar_until)
+        if not warmup < polar_until:
+            raise check.wrong("warmup", warmup, f"a number from 0 and below polar_until={self.polar_until:g}")
+        self.gate: Gate = check.choice("gate", gate, Gate)
+        self.freeze_after = check.optional(check.whole, "freeze_after", freeze_after, at_least=1)
+        self.min_agreement = check.number("min_agreement", min_agreement, at_least=0.5, at_most=1)
+        self.seed = check.seed("seed", seed)
+        self.criterion = check.optional(check.function, "criterion", criterion)
         check_example(model, example)
-        for name, value, allowed in (
-            ("granularity", granularity, ("layer", "channel")),
-            ("cost", cost, ("macs", "parameters", "gates")),
-            ("budget", budget, ("match", "max")),
-            ("gate", gate, ("input", "free")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
-        if not 0.0 < keep <= 1.0:
-            raise ValueError(f"keep: {keep} is not in (0, 1]")
-        if not 0.0 <= warmup < polar_until <= 1.0:
-            raise ValueError(f"warmup: {warmup}, polar_until: {polar_until}; allowed: 0 <= warmup < polar_until <= 1")
-        if not 0.5 <= min_agreement <= 1.0:
-            raise ValueError(f"min_agreement: {min_agreement} is not in [0.5, 1], where all agreements are")
-        for name, number in (("lam_polar", lam_polar), ("lam_cost", lam_cost)):
-            if not 0.0 <= number < float("inf"):
-                raise ValueError(f"{name}: {number} is negative or not finite")
-        if freeze_after is not None and freeze_after < 1:
-            raise ValueError(f"freeze_after: {freeze_after}; allowed: None, or 1 epoch or more")
-        if isinstance(blocks, str):
-            raise TypeError(f"blocks: expected a sequence of name patterns, got the string {blocks!r}")
-        self.exclude = tuple(exclude)
-        self.granularity, self.blocks, self.keep, self.cost, self.budget = (
-            granularity,
-            tuple(blocks),
-            keep,
-            cost,
-            budget,
-        )
-        self.lam_polar, self.lam_cost, self.warmup, self.polar_until = lam_polar, lam_cost, warmup, polar_until
-        self.gate, self.freeze_after, self.min_agreement, self.seed = gate, freeze_after, min_agreement, seed
-        self.criterion, self.example, self.model = criterion, example, model
+        for pattern in self.exclude:
+            if not any(fnmatchcase(n, pattern) for n, _ in model.named_modules()):
+                raise ValueError(f"exclude: no module of the model is named {pattern!r}")
+        self.example, self.model = example, model
         self.progress = 1.0  # until ``schedule`` says otherwise
         self.point = GATED
         self.branches: list[Branch] = []
@@ -396,7 +395,7 @@ class Consensus(Dynamic):
         if granularity == "layer":
             self.branches = self._find_branches()
         else:
-            self.slicing = Slicing(model, example, exclude=exclude, stacks=())
+            self.slicing = Slicing(model, example, exclude=self.exclude, stacks=())
             self._channels = self._find_channels(self.slicing)
         self._passing = _Passing()
         self._frozen_norms: set[str] = set()  # layers that training leaves in evaluation mode
@@ -490,6 +489,7 @@ class Consensus(Dynamic):
         costs = self._gate_costs()
         self.register_buffer("costs", torch.tensor(costs, dtype=torch.float64, device=device), persistent=False)
         self.register_buffer("means", torch.ones(total, dtype=torch.float64, device=device))
+        self.register_buffer("found", torch.zeros((), dtype=torch.bool, device=device))  # whether the means are of data
         self.register_buffer("agreement", torch.ones((), dtype=torch.float64, device=device))
         self.register_buffer("frozen", torch.full((total,), -1, dtype=torch.int8, device=device))  # -1: not, else 0, 1
         self.register_buffer("streak", torch.zeros(total, dtype=torch.int64, device=device))
@@ -558,7 +558,31 @@ class Consensus(Dynamic):
 
     def points(self) -> list[Point]:
         """The consensus sub-network, and the network whose gates look at the input."""
-        return [Point(sparsity=round(1.0 - self.keep, 6)), GATED]
+        kept = float(self.kept_share((self.means >= 0.5).double())) if self.found else self.keep
+        return [Point(sparsity=round(1.0 - kept, 6)), GATED]
+
+    def _known(self, point: Mapping[str, Value]) -> Point:
+        """The sub-network answers to the sparsity that was asked for as well, which code held before the training."""
+        asked = Point(sparsity=round(1.0 - self.keep, 6))
+        return self.points()[0] if dict(point) == dict(asked) else super()._known(point)
+
+    def use(self, point: Mapping[str, Value]) -> Self:
+        """Turn the dial; see ``Dynamic.use``."""
+        super().use(point)
+        self._prepare()
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode."""
+        super().train(mode)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        """Make the blocks' forwards now: tracing changes ``nn.Module`` itself, which no other thread should see."""
+        if hasattr(self, "means") and self.branches:
+            self._made(True, self._fixed_shut())
+            self._made(False, self._closed())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output: with its gates in training and at ``gates=input``, else of the consensus sub-network."""
@@ -707,16 +731,16 @@ class Consensus(Dynamic):
 
     # -- running ------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compile what ``extract`` gives
     def _run(self, x: Input) -> Any:
         return self._run_gated(x) if self.training or self.point == GATED else self._run_consensus(x)
 
     def _run_gated(self, x: Input) -> Any:
-        self._passing.gates, self._passing.ran = {}, True
+        self._passing.gates, self._passing.ran, self._passing.finite = {}, True, None
         if self._channels:
             output = self._run_channels(x)
         else:
-            closed = {k for k, fixed in enumerate(self.frozen.tolist()) if fixed == 0}
-            with _replaced(self.model, self._made(True, closed)):
+            with _replaced(self.model, self._made(True, self._fixed_shut())):
                 output = call(self.model, x)
         if self.training and self._passing.gates:
             self._watch()
@@ -726,7 +750,8 @@ class Consensus(Dynamic):
         if self.slicing is not None:
             shut = self._shut_columns()  # copies, which a change of the weights does not reach: put in place each time
             key = object() if shut else None
-            return self._sliced(self.slicing).infer(self.model, x, lambda: shut, key)
+            with self._passing.lock:
+                return self._sliced(self.slicing).infer(self.model, x, lambda: shut, key)
         with _replaced(self.model, self._made(False, self._closed())):
             return call(self.model, x)
 
@@ -769,7 +794,10 @@ class Consensus(Dynamic):
             return None
         if bool((fixed == 0).all()):
             return entry.new_zeros(len(entry), len(fixed))
-        g = binary_gate(self.heads[i](entry))
+        z = self.heads[i](entry)
+        finite = ~torch.isnan(z.detach()).any()
+        self._passing.finite = finite if self._passing.finite is None else self._passing.finite & finite
+        g = binary_gate(z)
         if bool((fixed >= 0).any()):
             g = torch.where(fixed >= 0, fixed.to(g.dtype), g)
         self._passing.gates[i] = g
@@ -778,9 +806,12 @@ class Consensus(Dynamic):
     def _run_channels(self, x: Input) -> Any:
         """Hooks for one forward: the writer's input decides, the readers' inputs are multiplied."""
         now: dict[int, Tensor | None] = {}
+        owner = get_ident()  # other threads run the same modules; their hooks are not ours
 
         def decide(i: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if get_ident() != owner:
+                    return
                 entry = args[0]
                 if isinstance(module, nn.Linear) and entry.dim() > 3:
                     entry = entry.flatten(1, -2)
@@ -790,8 +821,7 @@ class Consensus(Dynamic):
 
         def multiply(i: int, positions: Sequence[int], channels: Sequence[int]) -> Callable[..., Any]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-                g = now[i]
-                if g is None:
+                if get_ident() != owner or (g := now[i]) is None:
                     return None
                 value = args[0]
                 dim = value.dim() - 1 if isinstance(module, nn.Linear) else 1
@@ -820,8 +850,10 @@ class Consensus(Dynamic):
         if len(rows) < 2:
             return
         gbar = self.gate_means()
-        self.lowest.copy_(torch.minimum(self.lowest, gbar))
-        self.highest.copy_(torch.maximum(self.highest, gbar))
+        finite = self._passing.finite  # of an input that is not, the gates say nothing
+        assert finite is not None
+        self.lowest.copy_(torch.where(finite, torch.minimum(self.lowest, gbar), self.lowest))
+        self.highest.copy_(torch.where(finite, torch.maximum(self.highest, gbar), self.highest))
 
     # -- the consensus ------------------------------------------------------------------------------------------
 
@@ -830,11 +862,12 @@ class Consensus(Dynamic):
         """m_k over ``data`` in evaluation mode; from then on s_k = 1[m_k >= 1/2] is the sub-network.
 
         Raises:
-            ValueError: ``data`` has no batches.
+            ValueError: ``data`` has no batches, or the gates' logits on it are NaN.
         """
         device = device_of(self.model)
         total = torch.zeros_like(self.means)
         rows = 0
+        finite = True
         with evaluating(self):
             for x in inputs_of(data):
                 n = rows_of(x)
@@ -843,11 +876,18 @@ class Consensus(Dynamic):
                     g = self._passing.gates.get(i)
                     total[a:b] += n * self.frozen[a:b].double() if g is None else g.double().sum(0)
                 rows += n
+                finite = finite and (self._passing.finite is None or bool(self._passing.finite))
         if not rows:
             raise ValueError("data: it holds no batches; the consensus needs some")
+        if not finite:
+            raise ValueError("data: the gates' logits on it are NaN")
         self.means.copy_(total / rows)
+        self.found.fill_(True)
         self.agreement.copy_(torch.maximum(self.means, 1 - self.means).mean())
         self._passing.gates = {}
+        if self.point != GATED:
+            self.point = self.points()[0]
+        self._prepare()
         if float(self.agreement) < 1.0:
             split = int(((self.means > 0) & (self.means < 1)).sum())
             warnings.warn(
@@ -871,6 +911,7 @@ class Consensus(Dynamic):
             if isinstance(m, _BatchNorm) and m.running_mean is not None and n not in self._frozen_norms
         ]  # fmt: skip
         momenta = [m.momentum for m in norms]
+        kept = [[b.clone() for b in m.buffers()] for m in norms]
         device, before, seen = device_of(self.model), self.point, False
         with evaluating(self):
             self.use(self.points()[0])
@@ -882,12 +923,17 @@ class Consensus(Dynamic):
                 for x in inputs_of(data):
                     self._run_consensus_full(to_device(x, device))
                     seen = True
+                if not seen:
+                    raise ValueError("data: it holds no batches, so there are no statistics to be had")
+            except BaseException:
+                for norm, buffers in zip(norms, kept, strict=True):
+                    for buffer, value in zip(norm.buffers(), buffers, strict=True):
+                        buffer.copy_(value)
+                raise
             finally:
                 for norm, momentum in zip(norms, momenta, strict=True):
                     norm.momentum = momentum
                 self.use(before)
-        if not seen:
-            raise ValueError("data: it holds no batches; the statistics of the norms are those of a new network now")
         return self
 
     def _run_consensus_full(self, x: Input) -> Any:
@@ -901,6 +947,10 @@ class Consensus(Dynamic):
             return self._run_channels(x)
         finally:
             self.frozen.copy_(before)
+
+    def _fixed_shut(self) -> set[int]:
+        """The branches that are fixed shut, which training no longer computes."""
+        return {k for k, fixed in enumerate(self.frozen.tolist()) if fixed == 0}
 
     def _closed(self) -> set[int]:
         return set((self.means < 0.5).nonzero().flatten().tolist())
@@ -940,7 +990,7 @@ class Consensus(Dynamic):
     def report(self) -> Report:
         """What the gates decided on the set that ``find_consensus`` saw last, and what is left of the network."""
         chosen = (self.means >= 0.5).double()
-        x = to_device(take(self.example, slice(0, 1)), device_of(self.model))
+        x = take(self.example, slice(0, 1))
         plain = self.extract(self.points()[0], force=True)
         names = [b.name for b in self.branches] or [r.writer for r in self._channels]
         spans = zip(names, pairwise(self._bounds), strict=True)
@@ -965,21 +1015,48 @@ def polarization(gbar: Tensor) -> Tensor:
     return (gbar * (1 - gbar)).mean()
 
 
+class _Switch:
+    """The forward of a module while some threads want another one: theirs for them, its own for all others."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own = module.forward
+        self.before = vars(module).get("forward")
+        self.of: dict[int, list[Callable[..., Any]]] = {}  # by thread, the innermost last
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mine = self.of.get(get_ident())
+        return mine[-1](*args, **kwargs) if mine else self.own(*args, **kwargs)
+
+
+_SWITCHING = Lock()  # held while switches are put in place or taken away, and not while anything runs
+
+
 @contextmanager
 def _replaced(model: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Other forwards for some modules inside the block; the modules, their parameters and hooks stay the same."""
+    """Other forwards for some modules, in this thread, inside the block; all else about the modules stays the same."""
     modules = [model.get_submodule(name) for name in forwards]
-    before = [vars(m).get("forward") for m in modules]
+    me, placed = get_ident(), list[tuple[nn.Module, _Switch]]()
     try:
         for module, forward in zip(modules, forwards.values(), strict=True):
-            vars(module)["forward"] = types.MethodType(forward, module)
+            with _SWITCHING:
+                switch = vars(module).get("forward")
+                if not isinstance(switch, _Switch):
+                    switch = vars(module)["forward"] = _Switch(module)
+                switch.of.setdefault(me, []).append(types.MethodType(forward, module))
+            placed.append((module, switch))
         yield
     finally:
-        for module, old in zip(modules, before, strict=True):
-            if old is None:
-                vars(module).pop("forward", None)
-            else:
-                vars(module)["forward"] = old
+        for module, switch in placed:
+            with _SWITCHING:
+                switch.of[me].pop()
+                if not switch.of[me]:
+                    del switch.of[me]
+                if switch.of:
+                    continue
+                if switch.before is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = switch.before
 
 
 def _order(model: nn.Module, example: Input) -> list[str]:

@@ -53,7 +53,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import get_ident
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from pliant.core import check
 from pliant.core.cost import count_flops, time_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point, Value
 from pliant.core.inputs import (
@@ -93,6 +94,14 @@ Masks = Sequence[Tensor] | Literal["labels"] | None
 DENSE = Point(gates="off")
 _SLACK = 1e-5  # of the cumulative sum, as published
 
+_POOLS: dict[tuple[str, int], Callable[[Tensor, int], Tensor]] = {
+    ("max", 1): F.adaptive_max_pool1d,
+    ("max", 2): F.adaptive_max_pool2d,
+    ("max", 3): F.adaptive_max_pool3d,
+    ("avg", 1): F.adaptive_avg_pool1d,
+    ("avg", 2): F.adaptive_avg_pool2d,
+    ("avg", 3): F.adaptive_avg_pool3d,
+}
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 # Functions by name, small letters without underscores: ``F.leaky_relu``, ``torch.relu_`` and ``Tensor.relu`` alike.
 _ACTIVATIONS = {n.lower() for n in activation.__all__} - {"glu", "multiheadattention", "softmin", "logsoftmax"}
@@ -393,12 +402,12 @@ def find_layers(model: nn.Module, example: Input, where: Where | None = None) ->
     }
     wanted = _wanted(model, where)
     recorder = _Recorder()
-    ended: dict[str, int] = {}  # the last call inside of an activation module that ``where`` names
+    given = {t[2] for t in wanted.values() if len(t) == 3 and t[2] is not None}
+    ended: dict[str, list[int]] = {n: [] for n in given}  # the last calls inside of the activations in ``where``
 
     def note(name: str) -> Callable[..., None]:
-        return lambda module, args, output: ended.update({name: len(recorder.calls) - 1})
+        return lambda module, args, output: ended[name].append(len(recorder.calls) - 1)
 
-    given = [t[2] for t in wanted.values() if len(t) == 3 and t[2] is not None]
     hooks = [model.get_submodule(n).register_forward_hook(note(n)) for n in given]
     with removing(hooks), evaluating(model), torch.no_grad(), recorder:
         call(model, example)
@@ -423,8 +432,9 @@ def find_layers(model: nn.Module, example: Input, where: Where | None = None) ->
                 raise ValueError(f"where: {name!r} is followed by the norm {norm!r}, not by {triple[1]!r}")
             act, zero, end = "none", True, normed
             if triple[2] is not None:
-                act, zero, end = triple[2], False, ended.get(triple[2], -1)
-                if end <= normed:
+                # One module may be the activation of several layers: this layer's is the first call after it.
+                act, zero, end = triple[2], False, next((e for e in ended[triple[2]] if e > normed), -1)
+                if end < 0:
                     raise ValueError(f"where: the activation {act!r} does not run after {name!r}")
         elif norm is None and act == "none":
             refused[name] = "neither a batch norm nor an activation follows it"
@@ -445,19 +455,17 @@ def find_layers(model: nn.Module, example: Input, where: Where | None = None) ->
 
 def _wanted(model: nn.Module, where: Where | None) -> dict[str, tuple[str | None, ...]]:
     """The entries of ``where`` by the name of their convolution."""
-    if isinstance(where, str):
-        raise TypeError(f"where: expected a sequence of names or triples, got the string {where!r}")
+    check.optional(check.sequence, "where", where, lambda name, entry: entry)
     wanted: dict[str, tuple[str | None, ...]] = {}
     for entry in where or ():
-        parts: tuple[str | None, ...] = (entry,) if isinstance(entry, str) else tuple(entry)
-        if len(parts) not in (1, 3) or not isinstance(parts[0], str):
-            raise ValueError(f"where: {entry!r}; allowed: a convolution's name, or (convolution, norm, activation)")
+        parts: tuple[Any, ...] = tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+        known = len(parts) in (1, 3) and isinstance(parts[0], str)
+        if not known or not all(n is None or isinstance(n, str) for n in parts):
+            raise check.wrong("where", entry, "a convolution's name, or (convolution, norm, activation)")
         for name in parts:
             if name is not None and name not in dict(model.named_modules()):
                 raise ValueError(f"where: the model has no module named {name!r}")
         wanted[parts[0]] = parts
-    if where is not None and not wanted:
-        raise ValueError("where: it is empty; name one convolution at least, or give None")
     return wanted
 
 
@@ -509,6 +517,7 @@ class _Pass(TorchFunctionMode):
         self.convolutions = [cast(nn.Conv2d, net.model.get_submodule(layer.name)) for layer in net.layers]
         self.next = 0  # the layer whose convolution comes next
         self.waiting: dict[int, tuple[int, str, Tensor]] = {}  # by id of a tensor: layer, what comes next, the tensor
+        self.pending: dict[str, list[int]] = {}  # by name of an activation module: layers that its next calls end
         self.masks: dict[int, Tensor] = {}  # by layer: branches may begin in one order and end in another
         self.labels: dict[int, Tensor] = {}
         self.scores: list[Tensor] = []
@@ -570,6 +579,8 @@ class _Pass(TorchFunctionMode):
             return self._end(k, o)
         if act == "function":
             self.waiting[id(o)] = (k, "act", o)
+        else:
+            self.pending.setdefault(act, []).append(k)
         return o
 
     def _end(self, k: int, o: Tensor) -> Tensor:
@@ -586,14 +597,18 @@ class _Pass(TorchFunctionMode):
         """The model's output on ``x``, gated."""
         net, owner = self.net, get_ident()
 
-        def masked(k: int) -> Callable[..., Tensor]:
-            return lambda module, args, output: self._end(k, output) if get_ident() == owner else output
+        def masked(act: str) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                mine = get_ident() == owner and self.pending.get(act)
+                return self._end(mine.pop(0), output) if mine else output
 
-        modules = [(k, layer.act) for k, layer in enumerate(net.layers) if layer.act not in ("none", "function")]
-        with removing(net.model.get_submodule(a).register_forward_hook(masked(k)) for k, a in modules), self:
+            return hook
+
+        acts = {layer.act for layer in net.layers} - {"none", "function"}
+        with removing(net.model.get_submodule(a).register_forward_hook(masked(a)) for a in acts), self:
             output = call(net.model, x)
         count = len(net.layers)
-        if self.next < count or self.waiting:
+        if self.next < count or self.waiting or any(self.pending.values()):
             name = net.layers[min(self.next, count - 1)].name
             raise RuntimeError(f"model: at {name!r} this forward pass leaves the course that the example's took")
         labels = [self.labels[k] for k in range(count)] if self.want_labels else []
@@ -683,6 +698,8 @@ class FTWT(Dynamic):
         mode: "decoupled" or "joint": whether the mask loss reaches the network through the heads' inputs.
         pool: what a head sees of its layer's input: the "max" over space, or the "avg".
         norm: how that is scaled: "softmax", "l2", "layernorm" or "none".
+        embedding: about how many features a head reads: the input is pooled to a grid of as many places as come nearest
+            to that, one at least. None, as in the paper: one place, so C_in features.
         where: names of the convolutions to gate, or triples (convolution, norm, activation module); None finds them.
         mask_weight: w of the mask loss.
         cooldown: share of the training after which w = 0: the heads stand still and the network adapts to them.
@@ -711,6 +728,7 @@ class FTWT(Dynamic):
         mode: Mode = "decoupled",
         pool: Pool = "max",
         norm: Norm = "softmax",
+        embedding: int | None = None,
         where: Where | None = None,
         mask_weight: float = 1.0,
         cooldown: float = 0.5,
@@ -724,41 +742,32 @@ class FTWT(Dynamic):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check.module("model", model)
+        self.mass = check.number("mass", mass, above=0, at_most=1)
+        self.label: Label = check.choice("label", label, Label)
+        self.mode: Mode = check.choice("mode", mode, Mode)
+        self.pool: Pool = check.choice("pool", pool, Pool)
+        self.norm: Norm = check.choice("norm", norm, Norm)
+        self.embedding = check.optional(check.whole, "embedding", embedding, at_least=1)
+        self.where = where
+        self.mask_weight = check.number("mask_weight", mask_weight, at_least=0)
+        self.cooldown = check.share("cooldown", cooldown)
+        self.head_lr, self.backbone_lr = check.positive("head_lr", head_lr), check.positive("backbone_lr", backbone_lr)
+        self.head_init: Init = check.choice("head_init", head_init, Init)
+        self.delta = check.number("delta", delta, at_least=0)
+        self._execution: Execution = check.choice("execution", execution, Execution)
+        self.groups = check.whole("groups", groups, at_least=1)
+        self.criterion = check.optional(check.function, "criterion", criterion)
+        self.seed = check.seed("seed", seed)
         plain = check_example(model, example)
-        for name, value, kinds in (
-            ("label", label, Label),
-            ("mode", mode, Mode),
-            ("pool", pool, Pool),
-            ("norm", norm, Norm),
-            ("head_init", head_init, Init),
-        ):
-            if value not in get_args(kinds):
-                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, get_args(kinds)))}")
-        if isinstance(mass, bool) or not 0 < mass <= 1:
-            raise ValueError(f"mass: {mass} is not in (0, 1]")
-        if not 0 <= cooldown <= 1:
-            raise ValueError(f"cooldown: {cooldown} is not in [0, 1]")
-        for name, number in (("mask_weight", mask_weight), ("delta", delta)):
-            if not 0 <= number < math.inf:
-                raise ValueError(f"{name}: {number} is not allowed; a finite number of 0 or more")
-        for name, number in (("head_lr", head_lr), ("backbone_lr", backbone_lr)):
-            if not 0 < number < math.inf:
-                raise ValueError(f"{name}: {number} is not allowed; a finite number above 0")
-        if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"groups: {groups!r} is not allowed; a whole number of 1 or more")
-        self.mass, self.label, self.mode, self.pool, self.norm = float(mass), label, mode, pool, norm
-        self.where, self.mask_weight, self.cooldown = where, mask_weight, cooldown
-        self.head_lr, self.backbone_lr, self.head_init, self.delta = head_lr, backbone_lr, head_init, delta
-        self.execution, self.groups, self.criterion, self.seed = execution, groups, criterion, seed
         self.example = example
         self.layers = find_layers(model, example, where)
         self.model = model
         self.heads = nn.ModuleList()
         for layer in self.layers:
             conv = cast(nn.Conv2d, model.get_submodule(layer.name))
-            self.heads.append(
-                nn.Linear(conv.in_channels, conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype)
-            )
+            width = conv.in_channels * self._grid(conv) ** (conv.weight.ndim - 2)
+            self.heads.append(nn.Linear(width, conv.out_channels, device=conv.weight.device, dtype=conv.weight.dtype))
         self.reset_parameters()
         self.cooling = False
         self.tuned: dict[str, Choice] = {}
@@ -848,10 +857,9 @@ class FTWT(Dynamic):
 
     @execution.setter
     def execution(self, value: Execution) -> None:
-        if value not in get_args(Execution):
-            raise ValueError(f"execution: {value!r}; allowed: {', '.join(map(repr, get_args(Execution)))}")
-        self._execution: Execution = value
+        self._execution = check.choice("execution", value, Execution)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every image computes filters of its own
     def trace(
         self,
         x: Input,
@@ -874,9 +882,7 @@ class FTWT(Dynamic):
         """
         if masks is not None and not isinstance(masks, str):
             self._check_masks(masks, rows_of(x))
-        wanted = self.execution if execution is None else execution
-        if wanted not in get_args(Execution):
-            raise ValueError(f"execution: {wanted!r}; allowed: {', '.join(map(repr, get_args(Execution)))}")
+        wanted: Execution = self.execution if execution is None else check.choice("execution", execution, Execution)
         if self.training or labels or masks == "labels" or not rows_of(x):
             wanted = "masked"  # labels are made from what was not masked
         return _Pass(self, masks, labels=labels, execution=wanted).run(x)
@@ -897,11 +903,21 @@ class FTWT(Dynamic):
     def _heads(self) -> list[nn.Linear]:
         return cast(list[nn.Linear], list(self.heads))
 
+    def _grid(self, conv: nn.Conv2d) -> int:
+        """Places along each dimension of space that the head of a convolution reads."""
+        if self.embedding is None:
+            return 1
+        return max(1, round(float((self.embedding / conv.in_channels) ** (1 / (conv.weight.ndim - 2)))))
+
     def _score(self, k: int, x: Tensor, learning: bool) -> Tensor:
         """P (B, C) of layer k from its input I (B, C_in, ...); with a gradient only where the labels are learnt."""
         with torch.set_grad_enabled(learning and torch.is_grad_enabled()):
-            x = (x.detach() if self.mode == "decoupled" else x).flatten(2)
-            e = x.amax(2) if self.pool == "max" else x.mean(2)
+            x = x.detach() if self.mode == "decoupled" else x
+            if self._heads[k].in_features > x.shape[1]:
+                places = round((self._heads[k].in_features / x.shape[1]) ** (1 / (x.ndim - 2)))
+                e = _POOLS[self.pool, x.ndim - 2](x, places).flatten(1)
+            else:
+                e = x.flatten(2).amax(2) if self.pool == "max" else x.flatten(2).mean(2)
             if self.norm == "softmax":
                 e = e.softmax(1)
             elif self.norm == "l2":

@@ -703,7 +703,6 @@ class PruningAdapters(Dynamic):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The examples follow where the network changes its precision."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.example = follow_dtype(self.example, fn)
         self.slicing.example = follow_dtype(self.slicing.example, fn)
         for setting in self._all():
             setting.network = None

@@ -705,7 +705,7 @@ class RDPruning(Dynamic):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The example and the calibration data follow where the network changes its precision."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.example, self._data = follow_dtype(self.example, fn), follow_dtype(self._data, fn)
+        self._data = follow_dtype(self._data, fn)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -67,16 +67,16 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from pliant.core import check
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
     Batch,
     Input,
     call,
     check_example,
-    device_of,
+    first_line,
     packed,
     split_batch,
-    to_device,
 )
 from pliant.core.masks import global_masks, pack_bits, unpack_bits
 from pliant.core.objective import Criterion, loss
@@ -238,39 +238,31 @@ class SparseLearning(Dynamic):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        for name, value, allowed in (
-            ("drop", drop, ("magnitude",)),
-            ("grow", grow, get_args(Grow)),
-            ("regrow", regrow, get_args(Regrow)),
-            ("init", init, get_args(Init)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
-        for name, count in (("update_every", update_every), ("grad_window", grad_window), ("total_steps", total_steps)):
-            if count is None and name == "total_steps":
-                continue
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}: {count!r}; allowed: a whole number of 1 or more")
-        if grad_window > update_every:
-            raise ValueError(f"grad_window: {grad_window} is more than update_every={update_every}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed: {seed!r}; allowed: a whole number")
-        if not 0.0 <= alpha_min <= alpha <= 1.0:
-            raise ValueError(f"alpha, alpha_min: {alpha} and {alpha_min}; allowed: 0 <= alpha_min <= alpha <= 1")
+        check.module("model", model)
         if isinstance(density, Mapping):
+            check.mapping("density", density, _density, empty=False)
             if params is not None:
                 raise ValueError("params: a mapping of densities says already what is masked; leave params out")
             if init == "global":
                 raise ValueError("init: 'global' has one threshold for all, so it needs one density, not a mapping")
+        else:
+            _density("density", density)
+        self.update_every = check.whole("update_every", update_every, at_least=1)
+        self.total_steps = check.optional(check.whole, "total_steps", total_steps, at_least=1, at_most=10**12)
+        self.alpha, self.alpha_min = check.share("alpha", alpha), check.share("alpha_min", alpha_min)
+        if alpha_min > alpha:
+            raise check.wrong("alpha_min", alpha_min, f"a number from 0 to alpha={self.alpha:g}")
+        self.drop: Literal["magnitude"] = check.choice("drop", drop, ("magnitude",))
+        self.grow: Grow = check.choice("grow", grow, Grow)
+        self.grad_window = check.whole("grad_window", grad_window, at_least=1, at_most=self.update_every)
+        self.regrow: Regrow = check.choice("regrow", regrow, Regrow)
+        self.init: Init = check.choice("init", init, Init)
+        self.explore = check.boolean("explore", explore)
+        self.criterion = check.optional(check.function, "criterion", criterion)
+        self.seed = check.seed("seed", seed)
         if example is not None:
             check_example(model, example)
-        self.example, self.criterion, self.seed = example, criterion, seed
-        self.update_every, self.total_steps, self.grad_window = update_every, total_steps, grad_window
-        self.alpha, self.alpha_min, self.explore = alpha, alpha_min, explore
-        self.drop, self.grow, self.regrow, self.init = drop, grow, regrow, init
-
+        self.example = example
         self._densities = _selected(model, density, params)
         self._density = dict(density) if isinstance(density, Mapping) else density
         self.model = model
@@ -328,7 +320,7 @@ class SparseLearning(Dynamic):
         plain = copy.deepcopy(self.model).eval()
         if not sparse:
             return plain
-        example = None if self.example is None else to_device(self.example, device_of(plain))
+        example = self.example
         layouts = compile_sparse(plain, min_sparsity, example)
         plain, tables = compress_embeddings(plain)
         plain.layouts = layouts | tables  # type: ignore[assignment]
@@ -440,23 +432,26 @@ class SparseLearning(Dynamic):
         """Drop and grow in every masked tensor."""
         alpha = self._alpha(self._steps)
         moved, regrown = {}, {}
+        windowed = self.grad_window > 1 and self.grow == "gradient"
+        for name, slot in self._slots():  # before any of them moves
+            _finite(name, "weight", self.model.get_parameter(name))
+            if (found := slot.window if windowed else slot.gradient) is not None:
+                _finite(name, "gradient", found)
         for index, (name, slot) in enumerate(self._slots()):
             parameter = self.model.get_parameter(name)
             gradient, slot.gradient = slot.gradient, None
-            if self.grad_window > 1 and self.grow == "gradient":
+            if windowed:
                 gradient = slot.window.clone()
                 slot.window.zero_()
             active = int(slot.mask.sum())
             k = min(active, math.ceil(round(alpha * active, 9)))  # 0.07 * 100 is 7.000000000000001
             if k == 0 or active == slot.mask.numel():
                 continue
-            _finite(name, "weight", parameter)
             generator = self._generator("grow", self._steps, index)
             dropped = lowest(parameter.abs(), k, slot.mask)
             rest = slot.mask & ~dropped
             if gradient is None:  # grow="random"
                 gradient = torch.zeros_like(parameter)
-            _finite(name, "gradient", gradient)
             grown = lowest(-gradient.abs(), k, ~rest, generator)
             back = dropped & grown
             if self.regrow == "zero":
@@ -567,6 +562,10 @@ def _clear(tensor: Tensor, mask: Tensor) -> None:
     tensor.view(word).bitwise_and_(mask.to(word).neg_())
 
 
+def _density(name: str, value: Any) -> float:
+    return check.number(name, value, above=0, at_most=1)
+
+
 def _finite(name: str, what: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name}: its {what} contains NaN or infinity, so its entries cannot be ranked")
@@ -584,8 +583,6 @@ def _selected(model: nn.Module, density: float | Mapping[str, float], params: Ch
         owned[id(parameter)] = parameter
     names = [name for group in every.values() for name in group]
     if isinstance(density, Mapping):
-        if not density:
-            raise ValueError("density: the mapping is empty; it needs one parameter name or pattern at least")
         _check_patterns("density", density, names)
         chosen = {key: _first_match(group, density) for key, group in every.items()}
         wanted = {key: d for key, d in chosen.items() if d is not None}
@@ -603,8 +600,6 @@ def _selected(model: nn.Module, density: float | Mapping[str, float], params: Ch
     found = {}
     for key, value in wanted.items():
         name, parameter = every[key][0], owned[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value <= 1.0:
-            raise ValueError(f"density: {value!r} for {name}; allowed: a number in (0, 1]")
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"model: the lazy parameter {name!r} has no shape yet; run the model once first")
         if key in refused:
@@ -632,7 +627,14 @@ def _chosen(
     if isinstance(params, str | nn.Module | Tensor):
         raise TypeError(f"params: expected a list of names, modules or parameters, got {type(params).__name__}")
     if callable(params):
-        return {key for key, group in every.items() if any(params(name, owned[key]) for name in group)}
+        try:
+            return {key for key, group in every.items() if any(params(name, owned[key]) for name in group)}
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"params: the function fails when it is called: {first_line(error)}") from error
+    if not isinstance(params, Iterable):
+        raise check.wrong(
+            "params", params, "names, modules, parameters, or a function of name and parameter", TypeError
+        )
     found: set[int] = set()
     for item in params:
         if isinstance(item, str):

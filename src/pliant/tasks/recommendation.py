@@ -36,12 +36,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.inputs import device_of, evaluating
 
 NAMES = ("ml-latest-small",)
 Split = Literal["random", "leave-one-out"]
 Part = Literal["validation", "test"]
 Denominator = Literal["relevant", "min"]
+_WIDEST = 65_536  # of a layer
 _FILE = "ml-latest-small_ratings.csv"
 _ADDRESS = "https://files.grouplens.org/datasets/movielens/ml-latest-small.zip"
 _SHA256 = "80da8b3393dae325bbba5a31f291a6ba55d8d4f4396de3c456f2c1635b1b70e8"  # of ratings.csv with plain line ends
@@ -283,18 +285,17 @@ class PairBatches:
         by: Literal["user", "pair"] = "user",
         seed: int = 0,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("negatives", negatives)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: {value!r}; allowed: a whole number of 1 or more")
-        if by not in ("user", "pair"):
-            raise ValueError(f"by: {by!r}; allowed: 'user', 'pair'")
+        check.instance("history", history, Interactions)
+        self.batch_size = check.whole("batch_size", batch_size, at_least=1)
+        self.negatives = check.whole("negatives", negatives, at_least=1)
+        self.by: Literal["user", "pair"] = check.choice("by", by, ("user", "pair"))
         if not len(history):
             raise ValueError("history: it is empty, so there is nothing to train on")
         degrees = history.start.diff()
         if int(degrees.max()) >= history.num_items:
             raise ValueError(f"history: user {int(degrees.argmax())} has every item, so it has no negatives")
-        self.history, self.batch_size, self.negatives, self.by = history, batch_size, negatives, by
-        self.generator = torch.Generator().manual_seed(seed)
+        self.history = history
+        self.generator = torch.Generator().manual_seed(check.seed("seed", seed))
         self._users, self._degrees = degrees.nonzero().squeeze(1), degrees
 
     def __len__(self) -> int:
@@ -331,12 +332,12 @@ class UserBatches:
     """
 
     def __init__(self, history: Interactions, batch_size: int = 16, *, seed: int = 0) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size!r}; allowed: a whole number of 1 or more")
+        check.instance("history", history, Interactions)
+        self.batch_size = check.whole("batch_size", batch_size, at_least=1)
         if not len(history):
             raise ValueError("history: it is empty, so there is nothing to train on")
-        self.users, self.batch_size = torch.unique(history.users), batch_size
-        self.generator = torch.Generator().manual_seed(seed)
+        self.users = torch.unique(history.users)
+        self.generator = torch.Generator().manual_seed(check.seed("seed", seed))
 
     def __len__(self) -> int:
         return -(-len(self.users) // self.batch_size)
@@ -365,10 +366,10 @@ class MatrixFactorization(nn.Module):
 
     def __init__(self, num_users: int, num_items: int, features: int = 64, *, decay: float = 1e-4) -> None:
         super().__init__()
-        for name, value in (("num_users", num_users), ("num_items", num_items), ("features", features)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is below 1")
-        self.num_users, self.num_items, self.decay = num_users, num_items, decay
+        self.num_users = check.whole("num_users", num_users, at_least=1)
+        self.num_items = check.whole("num_items", num_items, at_least=1)
+        check.whole("features", features, at_least=1, at_most=_WIDEST)
+        self.decay = check.number("decay", decay, at_least=0)
         self.embedding = nn.Embedding(num_users + num_items, features)
         nn.init.normal_(self.embedding.weight, std=0.1)
 
@@ -428,10 +429,9 @@ class LightGCN(MatrixFactorization):
     strength: Tensor
 
     def __init__(self, history: Interactions, features: int = 64, layers: int = 3, *, decay: float = 1e-4) -> None:
+        check.instance("history", history, Interactions)
         super().__init__(history.num_users, history.num_items, features, decay=decay)
-        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
-            raise ValueError(f"layers: {layers!r}; allowed: a whole number of 0 or more")
-        self.layers = layers
+        self.layers = check.whole("layers", layers, at_least=0, at_most=_WIDEST)
         nodes = history.num_users + history.num_items
         ends = torch.cat([history.users, history.items + history.num_users])
         others = torch.cat([history.items + history.num_users, history.users])
@@ -472,7 +472,7 @@ class MultVAE(nn.Module):
     ``loss``, for a batch of users with rows x (B, items)::
 
         z ~ N(mu, sigma) from tanh(W x'), x' = dropout(x / |x|);   -mean sum_i x_i log softmax_i(f(z)) + beta KL
-        beta = min(0.2, step / 200,000)
+        beta = min(0.2, step / 200,000) at step = 0, 1, ...
 
     Args:
         history: the interactions that a user is known by, in training and in ``scores``.
@@ -498,9 +498,12 @@ class MultVAE(nn.Module):
         anneal_steps: int = 200_000,
     ) -> None:
         super().__init__()
-        if anneal_steps < 1:
-            raise ValueError(f"anneal_steps: {anneal_steps} is below 1")
-        self.history, self.beta, self.anneal_steps = history, beta, anneal_steps
+        self.history: Interactions = check.instance("history", history, Interactions)
+        for name, size in (("hidden", hidden), ("latent", latent)):
+            check.whole(name, size, at_least=1, at_most=_WIDEST)
+        check.share("dropout", dropout)
+        self.beta = check.number("beta", beta, at_least=0)
+        self.anneal_steps = check.whole("anneal_steps", anneal_steps, at_least=1, at_most=10**12)
         self.encoder = nn.Linear(history.num_items, hidden)
         self.posterior = nn.Linear(hidden, 2 * latent)
         self.decoder = nn.Linear(latent, hidden)
@@ -532,9 +535,9 @@ class MultVAE(nn.Module):
         """The negative evidence lower bound of a batch of ``UserBatches``; in training it counts the step."""
         x = self._rows(batch)
         logits, mean, log_variance = self.decode(x)
+        beta = (self.steps / self.anneal_steps).clamp(max=self.beta).to(x.dtype)  # 0 at the first step
         if self.training:
             self.steps += 1
-        beta = (self.steps / self.anneal_steps).clamp(max=self.beta).to(x.dtype)
         likelihood = (x * F.log_softmax(logits, 1)).sum(1).mean()
         divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1.0).sum(1).mean()
         return beta * divergence - likelihood
@@ -553,19 +556,22 @@ class NeuMF(nn.Module):
         num_users: users.
         num_items: items.
         features: of the four tables; the perceptron is 2 features -> 32 -> 16 -> 8 -> (joined with the product) 1.
-        dropout: before each layer of the perceptron.
+        dropout: behind each layer of the perceptron and its ReLU.
     """
 
     def __init__(self, num_users: int, num_items: int, features: int = 16, *, dropout: float = 0.2) -> None:
         super().__init__()
-        self.num_users, self.num_items = num_users, num_items
+        self.num_users = check.whole("num_users", num_users, at_least=1)
+        self.num_items = check.whole("num_items", num_items, at_least=1)
+        check.whole("features", features, at_least=1, at_most=_WIDEST)
+        check.share("dropout", dropout)
         self.gmf_user, self.gmf_item = nn.Embedding(num_users, features), nn.Embedding(num_items, features)
         self.mlp_user, self.mlp_item = nn.Embedding(num_users, features), nn.Embedding(num_items, features)
         for table in (self.gmf_user, self.gmf_item, self.mlp_user, self.mlp_item):
             nn.init.normal_(table.weight, std=0.01)
         layers: list[nn.Module] = []
         for inputs, outputs in ((2 * features, 32), (32, 16), (16, 8)):
-            layers += [nn.Dropout(dropout), nn.Linear(inputs, outputs), nn.ReLU()]
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
         self.mlp = nn.Sequential(*layers)
         self.predict = nn.Linear(features + 8, 1)
         for module in [*self.mlp, self.predict]:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pliant.core import check
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import Batch, Input, call, check_example, packed, split_batch
 from pliant.core.objective import Criterion, loss
@@ -46,6 +47,7 @@ from pliant.core.objective import Criterion, loss
 FUNCTIONS = ("arctan", "tanh", "softsign", "mulaw", "identity")
 TARGETS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 _MU = 255.0
+_LARGEST = 1e6  # of a scale: beyond it v / b would be too small for float32 to tell weights apart
 _GUARD = 0.95  # largest share of the bound that a weight may have at the start
 _RANGE = math.log(10.0)  # how far log a and log b may move from their start
 
@@ -133,13 +135,12 @@ class Compander(nn.Module):
         name: str = "weight",
     ) -> None:
         super().__init__()
-        for label, value in (("a", a), ("b", b)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{label}: {value} is not allowed; a finite number above 0")
-        if fn not in FUNCTIONS:
-            raise ValueError(f"fn: unknown {fn!r}; allowed: {', '.join(FUNCTIONS)}")
-        self.fn, self.learnable, self.tie_slope, self.init, self.name = fn, learnable, tie_slope, init, name
-        self.register_buffer("start", torch.tensor([a, b]).log())
+        self.fn: str = check.choice("fn", fn, FUNCTIONS)
+        self.learnable, self.tie_slope = check.boolean("learnable", learnable), check.boolean("tie_slope", tie_slope)
+        self.init: str = check.choice("init", init, ("inverse", "value"))
+        self.name = check.text("name", name)
+        start = [check.positive("a", a), check.positive("b", b)]
+        self.register_buffer("start", torch.tensor(start, dtype=torch.float64).log().float())
         if learnable:
             self.log_a = nn.Parameter(self.start[0].clone())
             if not tie_slope:
@@ -230,17 +231,14 @@ def compand(
             zero or not finite.
         TypeError: a chosen weight is not real floating point (a quantised or complex layer).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if fn not in FUNCTIONS:
-        raise ValueError(f"fn: unknown {fn!r}; allowed: {', '.join(FUNCTIONS)}")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"scale: {scale!r} is not allowed; a finite number above 0 (a and b must be above 0)")
-    if init not in ("inverse", "value"):
-        raise ValueError(f"init: unknown {init!r}; allowed: inverse, value")
-    for label, names in (("target_modules", target_modules), ("exclude", exclude)):
-        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
-            raise TypeError(f"{label}: expected a sequence of names, got {names!r}")
+    check.module("model", model)
+    check.choice("fn", fn, FUNCTIONS)
+    check.number("scale", scale, above=0, at_most=_LARGEST)
+    check.boolean("learnable", learnable)
+    check.boolean("tie_slope", tie_slope)
+    check.choice("init", init, ("inverse", "value"))
+    target_modules = check.names("target_modules", target_modules, empty=False)
+    exclude = check.names("exclude", exclude)
     everything = dict(model.named_modules())
     for pattern in exclude:
         if not any(_matches(name, pattern) for name in everything):
@@ -492,16 +490,13 @@ class WeightCompander(Dynamic):
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
+        check.module("model", model)
+        self.decay_on: str = check.choice("decay_on", decay_on, ("v", "w"))
+        self.hyper_lr_factor = check.positive("hyper_lr_factor", hyper_lr_factor)
+        self.criterion = check.optional(check.function, "criterion", criterion)
         check_example(model, example)
-        if decay_on not in ("v", "w"):
-            raise ValueError(f"decay_on: unknown {decay_on!r}; allowed: v, w")
-        if not (math.isfinite(hyper_lr_factor) and hyper_lr_factor > 0):
-            raise ValueError(f"hyper_lr_factor: {hyper_lr_factor} is not allowed; a finite number above 0")
-        if tie_slope and not learnable:
+        if check.boolean("tie_slope", tie_slope) and not check.boolean("learnable", learnable):
             raise ValueError("tie_slope: True has a meaning only with learnable=True")
-        self.example, self.fn, self.scale, self.learnable, self.tie_slope = example, fn, scale, learnable, tie_slope
-        self.init, self.target_modules, self.exclude = init, tuple(target_modules), tuple(exclude)
-        self.decay_on, self.hyper_lr_factor, self.criterion = decay_on, hyper_lr_factor, criterion
         self.decay = 0.0  # of w; parameter_groups sets it
         self.model = compand(
             copy.deepcopy(model),
@@ -513,6 +508,8 @@ class WeightCompander(Dynamic):
             target_modules=target_modules,
             exclude=exclude,
         )
+        self.example, self.fn, self.scale, self.learnable, self.tie_slope = example, fn, scale, learnable, tie_slope
+        self.init, self.target_modules, self.exclude = init, tuple(target_modules), tuple(exclude)
         self.point = self.points()[0]
 
     def points(self) -> list[Point]:
