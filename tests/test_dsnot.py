@@ -812,6 +812,9 @@ def test_an_expert_that_no_token_reaches_goes_by_magnitude_and_the_report_says_s
         for e in range(4):
             by_size = masks.row_mask(weight[e].abs(), weight.shape[-1] // 2)
             assert torch.equal(net.mask(name, p)[e], by_size) == (e not in hit)
+        sparse = net.extract(p).get_parameter(name)
+        for e in set(range(4)) - hit:  # its values stay as they were, also where the start changes values
+            assert torch.equal(sparse[e], weight[e] * net.mask(name, p)[e])
 
 
 def _hit(model: nn.Module, x: Tensor) -> set[int]:

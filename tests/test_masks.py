@@ -83,6 +83,12 @@ def test_target_count_is_never_below_the_share() -> None:
     assert masks.target_count(0.07, 100) == 7  # 0.07 * 100 is 7.000000000000001
     assert masks.target_count(0.5, 3) == 2
     assert masks.target_count(0.0, 9) == 0
+    for total in range(1, 30):
+        for hundredths in (1, 10, 33, 50, 77, 99):
+            found = masks.target_count(hundredths / 100, total)
+            assert (
+                hundredths * total <= 100 * found < hundredths * total + 100
+            )  # the least that is enough, in whole numbers
     for bad in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match="sparsity"):
             masks.target_count(bad, 10)

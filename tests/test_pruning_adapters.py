@@ -500,6 +500,26 @@ def test_11_exactly_the_lowest_channels_go_and_the_last_of_a_layer_stays(score: 
     assert net.eval()(x).shape == (6, 10)
 
 
+def test_11_channels_that_are_added_are_scored_by_the_mean_of_their_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner, self.back = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 6)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x).relu()
+            return self.head(h + self.back(self.inner(h).relu()))
+
+    x = torch.randn(4, 5)
+    net = PruningAdapters(Residual(), x, rank=1)
+    scores = {"stem": 0.3 + 0.1 * torch.arange(6), "back": 0.5 - 0.1 * torch.arange(6), "inner": torch.full((7,), 0.45)}
+    monkeypatch.setattr(net, "score_layers", lambda *_: {n: s.double() for n, s in scores.items()})
+    assert {n for g in net.slicing.groups for n, _, _ in net._writers(g)} == set(scores)
+    assert net.prune(3 / 13) == 3  # 0.4 each by the mean, below 0.45; 0.8 by the sum
+    assert {name: len(kept) for name, kept in net._setting().kept.items()} == {"stem": 3}
+
+
 def test_12_gradients_match_finite_differences_and_the_base_has_none() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()

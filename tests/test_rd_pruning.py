@@ -1149,6 +1149,9 @@ def test_points_are_measured_where_they_matter_and_the_plan_is_nearly_that_of_al
         plan, whole = few.plan(sparsity), every.plan(sparsity)
         assert plan.curves is not None
         assert whole.curves is not None
+        names = list(plan.curves.zeros)
+        raw = distortion_curves(every.model, every._weights, [whole.curves.zeros[n] for n in names], [images()])
+        assert [list(whole.curves.distortion[n]) for n in names] == raw
         measured = sum(map(len, plan.curves.measured.values()))
         assert measured < 0.35 * sum(map(len, whole.curves.measured.values()))
         assert whole.predicted <= plan.predicted * (1 + 1e-12)
