@@ -4,6 +4,7 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -853,3 +854,12 @@ def test_predictions_that_are_not_finite_are_no_validation():
     assert torch.equal(net.best_score, before["best_score"])
     assert torch.equal(net.best_joint, before["best_joint"])
     assert torch.isfinite(net.pos_weights).all()
+
+
+@pytest.mark.parametrize("n", [1, 5, 10, 20, 37])
+def test_the_conformal_level_counts_the_new_sample(n):
+    scores = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    for alpha in (0.05, 0.25, 0.5, 0.75):
+        level = min(math.ceil((n + 1) * (1 - alpha)) / n, 1.0)
+        expected = np.quantile(scores.numpy(), level, method="higher")
+        assert conformal_quantile(scores, alpha) == pytest.approx(float(expected))
