@@ -1,4 +1,4 @@
-"""The specification's exact properties 1-12 by number, then models, block by block, bad input and the life cycle."""
+"""The method's exact properties 1-12 by number, then models, block by block, bad input and the life cycle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -423,7 +424,7 @@ def test_11_ties_go_by_index() -> None:
 
 def test_11_sparsegpt_uses_the_second_moments() -> None:
     x = inputs() @ torch.randn(12, 12)
-    net = DSnoT(mlp(), x, start="sparsegpt", sparsity=0.5, cycles=0, blocks="")
+    net = DSnoT(mlp(), x, start="sparsegpt-score", sparsity=0.5, cycles=0, blocks="")
     weight = net.extract(DENSE).get_submodule("0").weight.detach().double()
     h = 2 * x.double().t() @ x.double() / len(x)
     h = h + 0.01 * h.diagonal().mean() * torch.eye(12, dtype=torch.float64)
@@ -431,6 +432,43 @@ def test_11_sparsegpt_uses_the_second_moments() -> None:
     score = (weight / upper.diagonal()) ** 2
     assert torch.equal(net.mask("0", {"sparsity": 0.5}), masks.row_mask(score, 6))
     assert not torch.equal(net.mask("0", {"sparsity": 0.5}), masks.row_mask(weight.abs(), 6))
+
+
+@pytest.mark.parametrize("cycles", [0, 20])
+@pytest.mark.parametrize("point", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+def test_11_from_sparsegpt_the_kept_weights_are_its_own(cycles: int, point: dict[str, Any], tmp_path: Any) -> None:
+    model, x = mlp(), inputs() @ torch.randn(12, 12) + 0.5
+    dense = copy.deepcopy(model).eval()
+    net = DSnoT(model, x, start="sparsegpt", sparsity=0.5, pattern="2:4", cycles=cycles, same_sign=False, blocks="")
+    small = net.extract(point)
+    hidden = x
+    for name in net._names:  # the layers see the dense network's activations, as the whole of it is one block
+        layer, plain = dense.get_submodule(name), small.get_submodule(name)
+        seen = hidden.double()
+        budget = (2, 4) if "pattern" in point else 0.5
+        kept, values, _ = masks.sparsegpt(layer.weight, 2 / len(x) * seen.t() @ seen, budget)
+        row = next(r for r in net.report(point) if r.name == name)
+        mask = net.mask(name, point)
+        expected = values.masked_fill(~mask, 0.0).to(plain.weight.dtype)  # what grew back has the value that it had
+        assert torch.equal(plain.weight, expected)
+        assert torch.equal(mask, kept) == (not row.swaps)
+        assert torch.equal(mask.sum(1), kept.sum(1))
+        error = (layer.weight.double() - values.masked_fill(~mask, 0.0)) @ seen.mean(0)
+        assert row.error_after == pytest.approx(error.abs().mean().item(), rel=1e-6, abs=1e-9)
+        with torch.no_grad():
+            hidden = torch.relu(layer(hidden))
+    if cycles and "sparsity" in point:  # the errors that it leaves are so small that the sign rule refuses most swaps
+        assert sum(r.swaps for r in net.report(point)) > 0
+    with torch.no_grad():
+        answer = net.use(point)(x)
+        assert torch.equal(answer, small(x))
+        save(net, tmp_path / "net")
+        again = load(tmp_path / "net", model=mlp(), example=x)
+        assert torch.equal(again.eval()(x), answer)
+        for loaded in (net, again):
+            loaded.use(DENSE)
+            assert all(torch.equal(v, dense.state_dict()[n]) for n, v in loaded.model.state_dict().items())
+            assert torch.equal(loaded.use(point)(x), answer)
 
 
 @pytest.mark.parametrize("block", [16, 4, None])
@@ -723,11 +761,11 @@ def test_half_of_every_row_of_every_expert_goes(kind: str) -> None:
     assert all(torch.equal(v, state[k]) for k, v in dense.state_dict().items())
 
 
-@pytest.mark.parametrize("start", ["wanda", "magnitude", "sparsegpt"])
+@pytest.mark.parametrize("start", ["wanda", "magnitude", "sparsegpt", "sparsegpt-score"])
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_an_expert_is_pruned_as_the_layer_that_holds_its_matrix(start: Any, implementation: str) -> None:
     """Each expert by hand: the tokens routed to it, through nn.Linear layers of its own, pruned as any others."""
-    if start == "sparsegpt" and implementation != "eager":
+    if start.startswith("sparsegpt") and implementation != "eager":
         pytest.skip("one is enough")
     model, x, p = decoder("mixtral"), ids(), {"sparsity": 0.5}
     model.config._experts_implementation = implementation
@@ -924,22 +962,22 @@ def test_padding_of_encoders_and_decoders_is_told_apart() -> None:
     ("options", "error", "message"),
     [
         ({"start": "random"}, ValueError, "start: 'random'; allowed: 'wanda', 'magnitude', 'sparsegpt'"),
-        ({"sparsity": 1.0}, ValueError, r"sparsity: 1.0 is not in \(0, 1\)"),
-        ({"sparsity": (0.5, 0.5)}, ValueError, "names one twice"),
+        ({"sparsity": 1.0}, ValueError, "sparsity: 1.0; allowed: a finite number above 0 and below 1"),
+        ({"sparsity": (0.5, 0.5)}, ValueError, "sparsity: .* differ from each other"),
         ({"sparsity": ()}, ValueError, "leave the dial empty"),
         ({"pattern": "2of4"}, ValueError, "pattern: '2of4'"),
         ({"pattern": "4:2"}, ValueError, "pattern: 4:2"),
         ({"pattern": ("5:10",)}, ValueError, "pattern: '5:10' does not fit '0', whose rows have 12 inputs"),
         ({"cycles": -1}, ValueError, "cycles: -1"),
-        ({"cycles": True}, ValueError, "cycles: True"),
+        ({"cycles": True}, TypeError, "cycles: True"),
         ({"batch_size": 0}, ValueError, "batch_size: 0"),
         ({"eps": math.nan}, ValueError, "eps: nan"),
         ({"variance_power": -1.0}, ValueError, "variance_power: -1.0"),
         ({"stats": "paper"}, ValueError, "stats: 'paper'"),
         ({"variance": "between"}, ValueError, "variance: 'between'"),
         ({"correction": "weights"}, ValueError, "correction: 'weights'"),
-        ({"refine": "attn"}, TypeError, "refine: expected a function"),
-        ({"include": "0"}, TypeError, "include: expected a sequence"),
+        ({"refine": "attn"}, TypeError, "refine: .* a function"),
+        ({"include": "0"}, TypeError, "include: .* a sequence"),
         (
             {"include": ("conv*",)},
             ValueError,
@@ -950,7 +988,7 @@ def test_padding_of_encoders_and_decoders_is_told_apart() -> None:
         ({"blocks": "0"}, ValueError, "blocks: '0' is a Linear"),
         ({"calibration": []}, ValueError, "calibration: there is no calibration data"),
         ({"calibration": torch.zeros(0, 12)}, ValueError, "calibration: there is no calibration data"),
-        ({"calibration": 3}, TypeError, "calibration: expected inputs or an iterable of batches"),
+        ({"calibration": 3}, TypeError, "calibration: 3; allowed: inputs .* or an iterable of batches"),
         ({"dense_weights": {}}, ValueError, "dense_weights: '0.weight' is missing"),
         (
             {"dense_weights": {"0.weight": torch.zeros(3, 3)}},
@@ -965,7 +1003,7 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
 
 
 def test_wrong_models() -> None:
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+    with pytest.raises(TypeError, match=r"model: .* allowed: an nn\.Module"):
         DSnoT(inputs(), inputs())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no Linear, Conv1D or Conv2d layer"):
         DSnoT(nn.Sequential(nn.ReLU()), inputs())
@@ -1163,3 +1201,136 @@ def test_sparse_storage() -> None:
     small = net.extract({"sparsity": 0.5}, sparse=True, min_sparsity=0.4)
     x = torch.rand(5, 64)
     assert torch.allclose(small(x), net.use({"sparsity": 0.5})(x), atol=1e-6)
+
+
+# -- training that is broken off, threads, compilers, precision, errors ---------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_run_that_is_broken_off_at_any_step_goes_on_bit_by_bit(kind: str, tmp_path: Any) -> None:
+    made: list[torch.optim.Optimizer] = []
+    x, y = inputs(), torch.arange(40) % 3
+
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made.append(torch.optim.Adam(groups, 0.02) if kind == "adam" else torch.optim.SGD(groups, 0.05, momentum=0.9))
+        return made[-1]
+
+    def run(folder: str, stop: int | None = None) -> Any:
+        net = DSnoT(mlp(), x, sparsity=0.5, start="sparsegpt")
+
+        def on_step(done: int, _: int, loss: float) -> None:
+            if done == stop:
+                raise InterruptedError
+
+        train = list(zip(x.split(20), y.split(20), strict=True))
+        options = {"checkpoint": tmp_path / folder, "checkpoint_every": 1, "on_step": on_step}
+        try:
+            history = fit(net, train, steps=4, optimizer=optimizer, progress=False, **options)
+        except InterruptedError:
+            return None
+        moments = [
+            {k: v.tolist() if isinstance(v, Tensor) else v for k, v in s.items()} for s in made[-1].state.values()
+        ]
+        return {n: t.tolist() for n, t in net.state_dict().items()}, moments, history.losses, net.structure()
+
+    whole = run("whole")
+    for stop in (2, 3, 4):
+        run(f"at{stop}", stop)
+        assert run(f"at{stop}") == whole
+    assert run("whole") == whole
+
+
+def test_four_threads_at_a_fixed_point_get_the_answers_of_one() -> None:
+    net, parts = DSnoT(mlp(), inputs(), sparsity=0.5).eval(), inputs().split(10)
+    for point in net.points():
+        net.use(point)
+        expected = [net(x).detach() for x in parts]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(10):
+                assert all(torch.equal(a, b) for a, b in zip(pool.map(net, parts), expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_network_answers_as_the_plain_one_at_every_point(backend: str) -> None:
+    net, x = DSnoT(mlp(), inputs(), sparsity=(0.5, 0.7)).eval(), inputs()
+    net.prune()
+    compiled = torch.compile(net, backend=backend)
+    for point in [*net.points(), *net.points()]:
+        net.use(point)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), net(x))
+
+
+def test_the_network_follows_a_change_of_precision() -> None:
+    net = DSnoT(mlp(), inputs(), sparsity=(0.5, 0.7))
+    net.use({"sparsity": 0.5}).double()
+    assert net.use({"sparsity": 0.7})(inputs().double()).dtype is torch.float64  # made now, in double precision
+    assert net.extract({"sparsity": 0.7}, sparse=True)(inputs().double()).dtype is torch.float64
+    assert net.example.dtype is torch.float64
+
+
+@pytest.mark.parametrize("start", ["wanda", "sparsegpt"])
+def test_an_error_while_masks_are_made_leaves_everything_as_it_was(start: Any, monkeypatch: Any) -> None:
+    net = DSnoT(mlp(), inputs(), sparsity=(0.5, 0.7), start=start)
+    net.use({"sparsity": 0.5}).train()
+    before, structure, calibration = copy.deepcopy(net.state_dict()), net.structure(), net._data
+    flags = [m.training for m in net.modules()]
+    calls = []
+
+    def fails(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ArithmeticError("no mask")
+        return refine(*args, **options)
+
+    monkeypatch.setattr("pliant.sparsity.dsnot.refine", fails)
+    for run in (net.prune, lambda: net.prune(inputs() + 1), lambda: net.use({"sparsity": 0.7}),
+                lambda: net.extract({"sparsity": 0.7}), lambda: net.report({"sparsity": 0.7})):  # fmt: skip
+        calls.clear()
+        with pytest.raises(ArithmeticError):
+            run()
+        assert net.point == Point(sparsity=0.5)
+        assert net.structure() == structure
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+        assert net._data is calibration
+        assert [m.training for m in net.modules()][: len(flags)] == flags
+    monkeypatch.undo()
+    assert net.prune().point == Point(sparsity=0.5)
+
+
+# -- implementations that are wrong by one place ---------------------------------------------------------------------
+
+
+def test_an_error_of_exactly_zero_is_no_sign_and_refused() -> None:
+    c = {
+        "weight": torch.tensor([[1.0, 0.25, -0.25, 3.0]]), "mean": torch.tensor([0.5, 2.0, 2.0, 1.0]),
+        "variance": torch.ones(4), "norm": torch.tensor([1.0, 1.0, 1.0, 1.0]),
+    }  # fmt: skip
+    start = torch.tensor([[False, False, True, True]])
+    found = refine(c["weight"], start, c["mean"], c["variance"], c["norm"])
+    assert found.before.item() == 1.0
+    # The best growth is column 0 or 1, both of C = 0.5; with column 2 of C = -0.5 e' is 1 - 0.5 - 0.5 = 0.
+    assert torch.equal(found.kept, start)
+    assert found.swaps.item() == 0
+    assert found.after.item() == 1.0
+
+
+def test_a_row_stops_at_an_error_that_is_eps_and_not_only_below() -> None:
+    tried = 0
+    for seed in range(12):
+        c = case(seed)
+        _, free = run(c)
+        for r in (free.swaps > 0).nonzero().flatten().tolist():
+            at = float(free.before[r].abs())
+            assert run(c, eps=at)[1].swaps[r] == 0
+            assert run(c, eps=math.nextafter(at, 0.0))[1].swaps[r] > 0
+            tried += 1
+    assert tried > 5
+
+
+def test_zeros_of_a_row_are_floored() -> None:
+    assert [zeros_in_row(columns, 0.5) for columns in (5, 7, 9)] == [2, 3, 4]
+    assert zeros_in_row(3, 0.6) == 1
+    net = DSnoT(nn.Sequential(nn.Linear(7, 4)), torch.randn(20, 7), sparsity=(0.4, 0.5))
+    assert (net.mask("0", {"sparsity": 0.4}).sum(1) == 5).all()  # 2.8 zeros are 2
+    assert (net.mask("0", {"sparsity": 0.5}).sum(1) == 4).all()

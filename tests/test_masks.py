@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,19 @@ def test_allocators_by_their_definitions() -> None:
     assert zeros[0] == 0  # (4, 1, 3, 3) is dense here
     assert max(free) - min(free) < 0.1 * max(free)
     assert eps[0] < max(free)
+
+
+def test_erdos_renyi_never_gives_a_layer_more_weights_than_it_has() -> None:
+    # By sum(shape) / prod(shape) alone the small layer would have a density of 1.8: what it cannot use, others get.
+    small, large = torch.randn(2, 3), torch.randn(40, 50)
+    target = round(0.9 * 2006)
+    assert masks.erdos_renyi([small, large], target) == [0, target]
+    middle = torch.randn(10, 10)
+    zeros = masks.erdos_renyi([small, middle, large], target)
+    assert sum(zeros) == target
+    assert zeros[0] == 0
+    room = 2106 - target - 6  # what is left to the other two, in proportion to the sums of their sides
+    assert 100 - zeros[1] == pytest.approx(room * 20 / (20 + 90), abs=1)
 
 
 def test_lamp_leaves_each_layer_one_weight_and_takes_zeros_first() -> None:
@@ -320,6 +334,79 @@ def test_the_score_of_sparsegpt_is_the_damage_done_with_the_best_compensation_by
         target = inputs[:, k] * weight[0, k]
         left = target - later @ torch.linalg.lstsq(later, target[:, None]).solution[:, 0] if k < 4 else target
         assert score[k].item() == pytest.approx(2 / 50 * left.square().sum().item(), rel=1e-6)
+
+
+def eliminated(weight: torch.Tensor, h: torch.Tensor, budget: Any, damp: float = 0.01, block: int = 128) -> Any:
+    """SparseGPT with the inverse of what is left of H, inverted anew for every input."""
+    w, size = weight.double().clone(), weight.shape[1]
+    damped = h + damp * h.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    inverses = [torch.linalg.inv(damped[k:, k:]) for k in range(size)]  # of the inputs that are not settled yet
+    spread = torch.stack([inverse[0, 0] for inverse in inverses])  # U[k, k]^2
+    gone = torch.zeros_like(w, dtype=torch.bool)
+    for k in range(size):
+        if isinstance(budget, tuple):
+            n, m = budget
+            if k % m == 0:
+                score = w[:, k : k + m] ** 2 / spread[k : k + m]
+                gone[:, k : k + m].scatter_(1, score.argsort(1)[:, : m - n], True)
+        elif k % block == 0:
+            score = w[:, k : k + block] ** 2 / spread[k : k + block]
+            gone[:, k : k + block] = score <= score.flatten().sort().values[int(score.numel() * budget)]
+        for row in range(len(w)):
+            if gone[row, k]:
+                w[row, k + 1 :] -= w[row, k] / inverses[k][0, 0] * inverses[k][0, 1:]
+                w[row, k] = 0.0
+    return ~gone, w
+
+
+@pytest.mark.parametrize(("columns", "budget"), [(24, 0.5), (150, 0.6), (24, (2, 4)), (136, (4, 8)), (12, (1, 3))])
+def test_sparsegpt_is_the_elimination_of_one_input_after_another(columns: int, budget: Any) -> None:
+    rng = torch.Generator().manual_seed(columns)
+    weight = torch.randn(5, columns, generator=rng)
+    inputs = torch.randn(2 * columns, columns, generator=rng, dtype=torch.float64)
+    inputs = inputs @ torch.randn(columns, columns, generator=rng, dtype=torch.float64) / columns**0.5 + 0.3
+    h = 2 / len(inputs) * inputs.t() @ inputs
+    kept, values, score = masks.sparsegpt(weight, h, budget)
+    expected, w = eliminated(weight, h, budget)
+    assert torch.equal(kept, expected)
+    assert torch.allclose(values.masked_fill(~kept, 0.0), w, atol=1e-9)
+    if isinstance(budget, tuple):
+        assert (kept.view(5, -1, budget[1]).sum(2) == budget[0]).all()
+    elif columns <= 128:
+        assert int((~kept).sum()) == int(kept.numel() * budget) + 1
+    # What it is for: less is lost than by the same mask without the change of weights.
+    lost = [
+        (inputs @ (v.masked_fill(~kept, 0.0) - weight.double()).t()).square().sum() for v in (values, weight.double())
+    ]
+    assert lost[0] < 0.9 * lost[1]
+    assert score.shape == weight.shape
+    with pytest.raises(ValueError, match="budget"):
+        masks.sparsegpt(weight, h, 1.0)
+    with pytest.raises(ValueError, match="budget"):
+        masks.sparsegpt(weight, h, (3, 7) if columns % 7 else (5, 11))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_inputs_that_are_never_used_change_nothing_whatever_the_scale_of_the_others(scale: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight, live = torch.randn(4, 12, generator=rng), torch.randn(30, 9, generator=rng, dtype=torch.float64)
+    inputs = torch.zeros(30, 12, dtype=torch.float64)
+    used = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9, 11])
+    inputs[:, used] = live
+
+    def hessian(x: torch.Tensor) -> torch.Tensor:
+        return 2 / 30 * (scale * x).t() @ (scale * x)
+
+    whole, alone = masks.sparsegpt_score(weight, hessian(inputs)), masks.sparsegpt_score(weight[:, used], hessian(live))
+    assert torch.allclose(whole[:, used], alone, rtol=1e-9)
+    assert not whole[:, [2, 6, 10]].any()
+    one, other = (
+        masks.sparsegpt(weight, hessian(inputs), (3, 6)),
+        masks.sparsegpt(weight, hessian(inputs / scale), (3, 6)),
+    )
+    assert torch.equal(one[0], other[0])
+    assert torch.allclose(one[1], other[1], rtol=1e-6)
+    assert torch.isfinite(masks.sparsegpt(weight, torch.zeros(12, 12), 0.5)[1]).all()
 
 
 def test_a_dead_input_goes_first_and_half_precision_is_scored_in_single() -> None:

@@ -1,4 +1,4 @@
-"""Structured pruning adapters: the numbers of the specification's exact properties stand in the names."""
+"""Structured pruning adapters: the numbers in the names are those of the method's exact properties."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def masked(net: PruningAdapters) -> nn.Module:
                 places(f"{layer}.weight", 1, weight.shape[1]),
             )
             kept, delta = torch.zeros(weight.shape[:2]), torch.zeros(weight.shape[:2])
-            kept[index], delta[index] = 1.0, setting.adapter(layer).delta()
+            kept[index], delta[index] = 1.0, setting.delta(layer)
             weight.copy_(_add_to_centre(weight, delta) * kept.view(*kept.shape, *[1] * (weight.dim() - 2)))
     return model
 
@@ -152,9 +153,9 @@ def test_2_slice_and_fuse_commute(n_out: int, n_in: int, rank: int, seed: int) -
         for shape in ((), (3, 3)):
             weight = torch.randn(n_out, n_in, *shape)
             whole = _add_to_centre(weight, adapter.delta())[out][:, inp]
-            smaller = copy.deepcopy(adapter)
-            smaller.cut(out, inp)
+            smaller = adapter.cut(out, inp)
             sliced = _add_to_centre(weight[out][:, inp], smaller.delta())
+            assert torch.equal(adapter.delta(out, inp), smaller.delta())
             assert torch.allclose(whole, sliced, rtol=0, atol=1e-5)
             if isinstance(adapter, SPPaRA):
                 assert torch.equal(whole, sliced)
@@ -163,9 +164,7 @@ def test_2_slice_and_fuse_commute(n_out: int, n_in: int, rank: int, seed: int) -
             with torch.no_grad():
                 for p in exact.parameters():
                     p.copy_(torch.randint(-8, 8, p.shape).float())
-            cut = copy.deepcopy(exact)
-            cut.cut(out, inp)
-            assert torch.equal(exact.delta()[out][:, inp], cut.delta())
+            assert torch.equal(exact.delta()[out][:, inp], exact.cut(out, inp).delta())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,6 +182,45 @@ def test_3_the_sliced_network_is_the_masked_one(kind: str, seed: int) -> None:
         assert torch.allclose(masked(net)(x), net(x), atol=1e-5, rtol=1e-5)
         assert torch.equal(net.fuse()(x), net(x))
     assert net.fuse().stages[0][0].conv1.out_channels == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_3_pruning_takes_channels_away_and_changes_nothing_of_the_others(kind: str, tmp_path: Any) -> None:
+    net = disturb(small_run(kind=kind)[0])
+    whole = net.fuse()
+    first, second = (next(g.name for g in net.slicing.groups if g.name == name) for name in ("0", "3"))
+    fresh = small_run(kind=kind)[0]
+    for step, (a, b) in enumerate((([0, 2, 3, 5], [1, 2, 4]), ([2, 5], [1, 4]), ([5], [4]))):
+        net.set_kept({first: a, second: b})
+        if step == 1:  # what is stored is cut; the next step cuts it again
+            net = fresh.load_task(net.save_task(tmp_path / "task"))
+        small = net.fuse()
+        assert torch.equal(small[0].weight, whole[0].weight[a])
+        assert torch.equal(small[3].weight, whole[3].weight[b][:, a])
+        assert torch.equal(small[8].weight, whole[8].weight[:, b])
+        for layer, kept in ((0, a), (1, a), (3, b), (4, b)):
+            assert torch.equal(small[layer].bias, whole[layer].bias[kept])
+        assert torch.equal(small[1].running_mean, whole[1].running_mean[a])
+        assert torch.equal(small[4].running_var, whole[4].running_var[b])
+
+
+def test_3_training_moves_the_statistics_of_the_channels_that_are_kept() -> None:
+    net, train = small_run()
+    first, second = (next(g.name for g in net.slicing.groups if g.name == name) for name in ("0", "3"))
+    net.set_kept({first: [0, 2, 3, 5], second: [1, 4]})
+    before = {n: getattr(net._setting(), p).clone() for n, p in net._setting().names.items()}
+    small = net.fuse().train()
+    net.train()
+    for x, y in train:
+        net.loss((x, y)).backward()
+        small(x)
+    found = net._setting().own()
+    for name in ("1.running_mean", "1.running_var", "4.running_mean", "4.running_var"):
+        assert torch.allclose(found[name], small.get_buffer(name), rtol=1e-4, atol=1e-6)
+        stored = getattr(net._setting(), net._setting().names[name])
+        gone = [1, 4] if name.startswith("1") else [0, 2, 3]
+        assert torch.equal(stored[gone], before[name][gone])
+    assert found["1.num_batches_tracked"] == before["1.num_batches_tracked"] + 3
 
 
 def test_4_learned_numbers_follow_the_formula() -> None:
@@ -210,6 +248,8 @@ def test_5_the_base_never_changes_and_tasks_do_not_touch_each_other() -> None:
     net.add_task("other", classes=4)
     assert net.point == Point(task="other", density=1)
     assert net.eval()(x).shape == (6, 4)
+    assert {p.requires_grad for p in net.settings[0].parameters()} == {False}
+    assert all(p.requires_grad for p in net.settings[1].parameters())
     steps(net, (x, y % 4))
     net.prune(0.1, [(x, y % 4)])
     with torch.no_grad():
@@ -328,6 +368,8 @@ def test_10_block_adapters_are_kronecker_products_with_shared_prototypes() -> No
     steps(net, (x, y))
     gone = net.prune(0.5, [(x, y)])
     assert gone == round(0.5 * (5 * 6 + 4 * 5))
+    left = 5 * 6 + 4 * 5 - gone  # what is masked is neither stored nor counted
+    assert net.learned_numbers() == 3 * left + 3 * (2 * 2 + 2 * 2) + 10 + 8 + (8 * 3 + 3)
     steps(net, (x, y))
     net.eval()
     small = net.fuse()
@@ -379,18 +421,27 @@ def test_11_scores_by_hand() -> None:
     for kind, value in (("gradient", grad), ("taylor", grad * hidden)):
         expected = value.mean(0).abs().double()
         assert torch.allclose(net.score_layers([(x, y)], kind)["0"], expected / expected.norm(), rtol=1e-4)
-        twice = net.score_layers([(x[:2], y[:2]), (x[2:], y[2:])], kind)["0"]  # sums over batches, without signs
+        parted = [(x[:2], y[:2]), (x[2:], y[2:])]
         parts = [nn.functional.cross_entropy(model[1:](h), t) for h, t in ((hidden[:2], y[:2]), (hidden[2:], y[2:]))]
         grads = [torch.autograd.grad(p, hidden, retain_graph=True)[0] for p in parts]
         halves = [
-            (g[rows] * (hidden[rows] if kind == "taylor" else 1)).mean(0).abs()
+            (g[rows] * (hidden[rows] if kind == "taylor" else 1)).mean(0).double()
             for g, rows in zip(grads, (slice(0, 2), slice(2, 5)), strict=True)
         ]
-        total = (halves[0] + halves[1]).double()
-        assert torch.allclose(twice, total / total.norm(), rtol=1e-4)
+        # The reference drops the sign when all batches are summed up; "batch" after each of them.
+        for absolute, total in (
+            ("reference", (halves[0] + halves[1]).abs()),
+            ("batch", halves[0].abs() + halves[1].abs()),
+        ):
+            net.absolute = absolute
+            assert torch.allclose(net.score_layers(parted, kind)["0"], total / total.norm(), rtol=1e-4)
+        assert not torch.allclose((halves[0] + halves[1]).abs(), halves[0].abs() + halves[1].abs())
     (relevance,) = torch.autograd.grad(prediction.gather(1, y[:, None]).sum(), hidden)
-    expected = (relevance * hidden).mean(0).abs().double()
-    assert torch.allclose(net.score_layers([(x, y)], "lrp")["0"], expected / expected.sum(), rtol=1e-4)
+    each = (relevance * hidden).double()
+    for absolute, expected in (("reference", each.abs().sum(0)), ("batch", each.mean(0).abs())):
+        net.absolute = absolute
+        found = net.score_layers([(x, y)], "lrp")["0"]
+        assert torch.allclose(found, expected / expected.sum(), rtol=1e-4)
 
 
 def test_11_layers_in_front_of_all_that_learns_are_scored_too() -> None:
@@ -512,7 +563,7 @@ def test_a_task_file_holds_the_adapter_alone_and_loads_into_the_same_base(kind: 
     steps(net, (x, y))
     path = net.save_task(tmp_path / "task.safetensors")
     stored = safetensors.torch.load_file(path)
-    buffers = sum(b.numel() for n, b in net._setting().named_buffers() if b.dtype is torch.float32)  # of the norms
+    buffers = sum(t.numel() for n, t in net._setting().own().items() if "running_" in n)  # of the norms
     numbers = sum(t.numel() for t in stored.values() if t.dtype is torch.float32)
     if kind != "splopa":
         assert numbers == net.learned_numbers() + buffers
@@ -609,6 +660,317 @@ def test_without_adapters_a_task_owns_all_weights_which_is_fine_pruning() -> Non
     assert not torch.equal(small.stem[0].weight[:1], net.model.stem[0].weight[:1])
 
 
+# -- training that is broken off, parted, or goes wrong ---------------------------------------------------------------
+
+
+def small_run(**options: Any) -> tuple[PruningAdapters, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 10),
+    )  # fmt: skip
+    x, y = batch(12)
+    net = PruningAdapters(model, x[:2], rank=2, density=(1.0, 0.8, 0.6), step=0.1, adapt=0.2, **options)
+    return net, [(x[i : i + 4], y[i : i + 4]) for i in (0, 4, 8)]
+
+
+def state_of_run(net: PruningAdapters, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    names = {id(p): n for n, p in net.named_parameters()}
+    moments = {names[id(p)]: dict(s) for p, s in optimizer.state.items() if id(p) in names}
+    return {"weights": dict(net.state_dict()), "moments": moments, "structure": net.structure(), "point": net.point}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_run_that_is_broken_off_at_any_step_goes_on_bit_by_bit(kind: str, tmp_path: Any) -> None:
+    total = 6  # two epochs; prunings fall inside of them
+    made: list[torch.optim.Optimizer] = []
+
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        options = {"momentum": 0.9} if kind == "sgd" else {}
+        made.append((torch.optim.SGD if kind == "sgd" else torch.optim.Adam)(groups, lr=0.02, **options))
+        return made[-1]
+
+    def run(folder: str, stop: int | None = None) -> tuple[dict[str, Any], list[float]]:
+        net, train = small_run()
+
+        def on_step(done: int, _: int, loss: float) -> None:
+            if done == stop and net.training:
+                raise InterruptedError
+
+        path = tmp_path / folder
+        try:
+            history = fit(net, train, steps=total, optimizer=optimizer, progress=False, checkpoint=path,
+                          checkpoint_every=1, on_step=on_step)  # fmt: skip
+        except InterruptedError:
+            return {}, []
+        return state_of_run(net, made[-1]), history.losses
+
+    whole, losses = run("whole")
+    assert len(whole["structure"]["settings"]) == 3
+    assert whole["point"]["density"] == pytest.approx(0.6, abs=0.05)
+    for stop in range(2, total + 1):
+        run(f"at{stop}", stop)
+        again, others = run(f"at{stop}")
+        assert same(again, whole)
+        assert others == losses
+    finished, _ = run("whole")  # a finished run, loaded again
+    assert same(finished | {"moments": {}}, whole | {"moments": {}})
+
+
+def test_pruning_inside_a_loop_that_keeps_the_last_loss_alive() -> None:
+    net, (x, y) = adapted(), batch()
+    net.train()
+    optimizer = torch.optim.Adam(net.parameter_groups(), 0.01)
+    net.attach_optimizer(optimizer)
+    before = {n: (id(p), p.shape) for n, p in net.named_parameters()}
+    losses = []
+    for step in range(6):
+        loss = net.loss((x, y))
+        losses.append(loss)  # with its graph
+        optimizer.zero_grad()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        if step % 2:
+            assert net.prune(0.1) > 0
+    assert {n: (id(p), p.shape) for n, p in net.named_parameters()} == before  # no tensor was exchanged or reshaped
+    kept = net._setting().kept
+    values = {n: p.detach().clone() for n, p in net._setting().named_parameters()}
+    optimizer.zero_grad()
+    net.loss((x, y)).backward()
+    for name, index in net._setting().index.items():
+        grad = getattr(net._setting(), net._setting().names[name]).grad
+        if grad is not None:
+            for dim, at in index.items():
+                gone = torch.ones(grad.shape[dim], dtype=torch.bool)
+                gone[at] = False
+                assert not grad.movedim(dim, 0)[gone].any()  # what was removed has no part in the loss
+    assert net._setting().kept == kept
+    assert all(torch.equal(values[n], p) for n, p in net._setting().named_parameters())
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    import os
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    net, train = small_run()
+
+    class Objective(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, data: tuple[Tensor, Tensor]) -> Tensor:
+            return self.net.loss(data)
+
+    parallel = nn.parallel.DistributedDataParallel(Objective(), find_unused_parameters=True)
+    optimizer = torch.optim.Adam(net.parameter_groups(), 0.02)
+    net.attach_optimizer(optimizer)
+    net.train()
+    for step in range(12):
+        net.schedule(step / 12)
+        optimizer.zero_grad()
+        x, y = train[step % 3]
+        loss = parallel((x[rank::2], y[rank::2]))  # it stays alive while the next pruning is made
+        loss.backward()
+        optimizer.step()
+        if step % 3 == 2:
+            net.epoch_end(None)
+    torch.save({"kept": net._setting().kept, "learned": dict(net._setting().named_parameters())}, f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_prune_the_same_channels_and_hold_the_same_weights(tmp_path: Any) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / str(rank), weights_only=False) for rank in (0, 1))
+    assert first["kept"] == second["kept"]
+    assert sum(map(len, first["kept"].values())) < 11
+    assert same(first["learned"], second["learned"])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "splopa"])
+def test_four_threads_at_a_fixed_point_get_the_answers_of_one(kind: str) -> None:
+    if kind == "splopa":
+        net, x, y = mlp(kind=kind, block=(2, 2), prototypes=3)
+    else:
+        net, (x, y) = adapted(kind), batch()
+    net.prune(0.3, [(x, y)])
+    net.eval()
+    inputs = [torch.randn_like(x) for _ in range(4)]
+    with torch.no_grad():
+        expected = [net(v) for v in inputs]
+    copied = copy.deepcopy(net)  # has made no network of its own yet
+
+    def work(i: int) -> list[Tensor]:
+        with torch.set_grad_enabled(i % 2 == 0):
+            return [copied(inputs[i]).detach() for _ in range(25)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, found in enumerate(pool.map(work, range(4))):
+            assert all(torch.equal(f, expected[i]) for f in found)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_network_answers_as_the_plain_one_at_every_point(backend: str) -> None:
+    net, x, y = mlp(rank=2)
+    net.prune(0.2, [(x, y)], keep=True)
+    net.eval()
+    compiled = torch.compile(net, backend=backend)
+    for point in [*net.points(), *net.points()[::-1]]:
+        net.use(point)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), net(x))
+
+
+def test_the_network_follows_a_change_of_precision() -> None:
+    net, (x, y) = adapted(), batch()
+    net.train().loss((x, y)).backward()
+    net.double()
+    net.zero_grad()
+    net.prune(0.2, [(x.double(), y)], keep=True)
+    assert net.example.dtype is torch.float64
+    net.loss((x.double(), y)).backward()
+    net.eval()
+    for point in net.points():
+        with torch.no_grad():
+            small = net.extract(point, sparse=True)
+            assert torch.equal(small(x.double()), net.use(point)(x.double()))
+    assert net.float().example.dtype is torch.float32
+
+
+def test_an_error_in_the_criterion_leaves_the_network_as_it_was() -> None:
+    net, (x, y) = disturb(adapted()), batch()
+    net.train()
+
+    def fails(output: Tensor, target: Tensor) -> Tensor:
+        raise ArithmeticError("no loss")
+
+    net.criterion = fails
+    before, structure = copy.deepcopy(net.state_dict()), net.structure()
+    for run in (
+        lambda: net.prune(0.2, [(x, y)], keep=True),
+        lambda: net.score_layers([(x, y)]),
+        lambda: net.eval().loss((x, y)),
+        lambda: net.train().loss((x, y)),
+    ):
+        with pytest.raises(ArithmeticError):
+            run()
+        assert not any(m._forward_hooks for m in net.modules())
+        norms = {n for n in before if "own" in n}  # a forward pass in training mode moves the norms' statistics
+        assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items() if n not in norms or not net.training)
+        assert net.structure() == structure
+    assert net.training
+    net.criterion = None
+    assert net.prune(0.2, [(x, y)]) > 0
+
+
+# -- layers of other kinds ------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, split: bool = False) -> None:
+        super().__init__()
+        sizes = {"kdim": 6, "vdim": 5} if split else {}
+        self.embed, self.memory = nn.Linear(6, 8), nn.Linear(6, 5)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+        self.split, self.head = split, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        y = self.attention(h, x, self.memory(x))[0] if self.split else self.attention(h, h, h)[0]
+        return self.head((h + y).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:model")
+@pytest.mark.parametrize("split", [False, True])
+def test_the_projections_of_an_attention_have_adapters_of_their_own(split: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Attention(split), torch.randn(4, 5, 6), torch.tensor([0, 1, 2, 0])
+    net = PruningAdapters(model, x, rank=2, init_range=0.5)
+    names = [f"attention.{piece}" for piece in ("q", "k", "v", "out_proj")]
+    assert set(names) <= set(net._adapted)
+    net.train().loss((x, y)).backward()
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0 for n in names for p in net._setting().adapter(n).parameters()
+    )
+    net.eval()
+    small = net.fuse()
+    deltas = [net._setting().delta(n) for n in names]
+    attention = model.attention
+    if split:
+        pairs = [(f"{letter}_proj_weight", d) for letter, d in zip("qkv", deltas, strict=False)]
+    else:
+        pairs = [("in_proj_weight", torch.cat(deltas[:3]))]
+    for name, delta in pairs:
+        assert torch.allclose(getattr(small.attention, name), getattr(attention, name) + delta)
+    assert torch.allclose(small.attention.out_proj.weight, attention.out_proj.weight + deltas[3])
+    assert (net.prune(0.3, [(x, y)]) > 0) is not split  # keys of a width of their own hold all channels fast
+    with torch.no_grad():
+        assert torch.equal(net.fuse()(x), net(x))
+    only = PruningAdapters(Attention(split), x, rank=2, targets=("attention.q",))
+    assert list(only._adapted) == ["attention.q"]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize("padding", [1, 3])
+def test_gradients_under_every_kind_of_padding_are_those_of_finite_differences(mode: str, padding: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=padding, padding_mode=mode), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(12, 3),
+    ).double()  # fmt: skip
+    x, y = torch.randn(3, 1, 5, 5, dtype=torch.float64), torch.tensor([0, 1, 2])
+    net = PruningAdapters(model, x, rank=1, init_range=0.5)
+    net.train().loss((x, y)).backward()
+    adapter = net._setting().adapter("0")
+    for p in (adapter.rows, adapter.cols):
+        for i in range(p.numel()):
+            ends = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    p.view(-1)[i] += sign * 1e-6
+                    ends.append(net.eval().loss((x, y)).item())  # of the fused weight, an independent path
+                    p.view(-1)[i] -= sign * 1e-6
+            assert float(p.grad.view(-1)[i]) == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=1e-8)
+
+
+def test_a_network_whose_channels_all_have_to_stay_is_adapted_all_the_same() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)
+    )
+    x, y = torch.randn(4, 16, 6, 6), torch.tensor([0, 1, 2, 0])
+    with pytest.warns(UserWarning, match="it is adapted, and stays at density 1"):
+        net = PruningAdapters(model, x, rank=1, score="weight", density=(1.0, 0.5))
+    fit(net, [(x, y)] * 2, epochs=2, lr=0.05, progress=False)
+    assert net.points() == [Point(task="task", density=1.0)]
+    assert net.prune(0.5) == 0
+    with torch.no_grad():
+        assert torch.equal(net.fuse()(x), net(x))
+        assert not torch.equal(net(x), model(x))
+
+
+def test_a_rank_is_bounded_by_the_layer() -> None:
+    net = mlp(rank=1_000_000)[0]
+    assert [tuple(f.shape) for f in net._setting().factors("0")] == [(10, 12), (10, 10)]
+    with pytest.raises(ValueError, match="rank: 1000000000"):
+        mlp(rank=10**9)
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -639,7 +1001,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 
 def test_other_bad_input() -> None:
     net, (x, y) = adapted(), batch()
-    with pytest.raises(TypeError, match="sequence of name patterns"):
+    with pytest.raises(TypeError, match=r"targets: .*sequence of names or patterns"):
         adapted(targets="conv")
     with pytest.raises(ValueError, match="no batches"):
         net.prune(data=[])

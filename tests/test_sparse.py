@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -183,3 +185,19 @@ def test_a_sparse_convolution_is_chosen_where_it_is_measured_to_be_faster() -> N
     assert close(net(x), y)
     unseen = compile_sparse(nn.Sequential(nn.Conv2d(1, 1, 3)))
     assert unseen["0"].endswith("no example told the shape of its input")
+
+
+def test_no_note_of_torch_on_sparse_tensors_leaks_out() -> None:
+    code = """
+import copy, pickle, warnings
+warnings.simplefilter("error")
+import torch
+from torch import nn
+from pliant.core.sparse import BlockSparseLinear, SparseLinear
+linear = nn.Linear(16, 16)
+block = BlockSparseLinear(linear, 8)
+with torch.no_grad():
+    for layer in (block, SparseLinear(linear), pickle.loads(pickle.dumps(block))):
+        layer(torch.randn(2, 16))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,10 +25,12 @@ The scores say which weight goes first, for a matrix W (O, I) with the inputs A 
 ``magnitude``         |W[r, k]|
 ``wanda``             |W[r, k]| * ||A[:, k]||                               (Wanda, arXiv 2306.11695, equation 1)
 ``sparsegpt``         W[r, k]^2 / U[k, k]^2, U the upper Cholesky factor of the inverse of H + damp * mean(diag H) * I,
-                      H = (2 / n) A^T A                                              (SparseGPT, arXiv 2301.00774)
+                      H = (2 / n) A^T A, the mean over the inputs that are ever used (SparseGPT, arXiv 2301.00774)
 ====================  ==============================================================================================
 
-and ``layer_mask``, ``row_mask``, ``group_mask`` (N:M) and ``global_masks`` turn scores into masks with an exact count.
+``sparsegpt`` is the whole of SparseGPT, which prunes from the first input to the last and lets the later weights of a
+row make up for what each one takes away. ``layer_mask``, ``row_mask``, ``group_mask`` (N:M) and ``global_masks`` turn
+scores into masks with an exact count.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from pliant.core import check
 from pliant.core.inputs import Input, call, evaluating, first_tensor, removing, rows_of
 from pliant.core.matrices import Bank, Matrix, matrices
 
@@ -403,21 +406,88 @@ def sparsegpt_score(weight: Tensor, hessian: Tensor, damp: float = 0.01) -> Tens
 
     An input that was always zero has H[k, k] = 0; its weights do nothing and go first.
     """
+    upper, dead = _factor(weight, hessian, damp)
+    score = weight.detach().double().square() / upper.diagonal(dim1=-2, dim2=-1).square()[..., None, :]
+    found: Tensor = score.masked_fill(dead[..., None, :], 0.0)
+    return found
+
+
+def _factor(weight: Tensor, hessian: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """U, and which inputs are never used. These count nowhere: not in the mean, whose scale is that of the data."""
     size = weight.shape[-1]
     wanted = (*weight.shape[:-2], size, size)
     if hessian.shape != wanted:
         raise ValueError(f"hessian: its shape is {tuple(hessian.shape)}; allowed: {wanted}")
-    if not damp > 0:
-        raise ValueError(f"damp: {damp} is not allowed; it must be above 0")
+    check.positive("damp", damp)
     h = hessian.double().to(weight.device).clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
-    diagonal[dead] = 1.0
-    diagonal.add_(damp * diagonal.mean(-1, keepdim=True))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    score = weight.detach().double().square() / upper.diagonal(dim1=-2, dim2=-1).square()[..., None, :]
-    found: Tensor = score.masked_fill(dead[..., None, :], 0.0)
-    return found
+    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    diagonal.copy_(torch.where(dead, mean, diagonal) + damp * mean)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True), dead
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    budget: float | tuple[int, int],
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SparseGPT: which weights stay, and what becomes of them. For (O, I) and H (I, I), in float64.
+
+    From input to input, with U and the scores as in ``sparsegpt_score``::
+
+        err_r = w_rk / U[k, k]  where w_rk goes, else 0         w_r,j -= err_r U[k, j]  for j > k
+
+    Who goes is decided at the start of each ``block`` of inputs, by the weights as they are then: for a sparsity s the
+    int(O B s) + 1 lowest scores of the block's B inputs (as in the reference: all that are not above the score in that
+    place), so rows may differ in their numbers. For N:M the M - N lowest of each row and M inputs, once these are
+    reached.
+
+    Args:
+        weight: W (O, I).
+        hessian: H (I, I).
+        budget: the share of zeros, or (N, M).
+        damp: see above.
+        block: the reference's 128; of a pattern the multiple of M that is next below.
+
+    Returns:
+        The mask (O, I), the value of every weight when its turn came (of a kept weight that is the final one, of a
+        pruned one the last before it went), and the scores by these values.
+    """
+    upper, dead = _factor(weight, hessian, damp)
+    pattern = budget if isinstance(budget, tuple) else None
+    if pattern is not None:
+        _check_pattern(*pattern)
+        block = max(1, block // pattern[1]) * pattern[1]
+        if weight.shape[1] % pattern[1]:
+            raise ValueError(f"budget: {pattern[0]}:{pattern[1]} does not fit {weight.shape[1]} inputs")
+    elif not 0.0 <= cast(float, budget) < 1.0:
+        raise ValueError(f"budget: {budget}; allowed: a share in [0, 1), or (N, M)")
+    w = weight.detach().double().masked_fill(dead, 0.0)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    unit = upper.diagonal()
+    for first in range(0, w.shape[1], block):
+        part = slice(first, first + block)
+        columns, u, errors = w[:, part].clone(), upper[part, part], torch.zeros_like(w[:, part])
+        if pattern is None:
+            score = (columns / unit[part]).square()
+            ordered = score.flatten().sort().values
+            kept[:, part] = score > ordered[int(round(score.numel() * cast(float, budget), 6))]
+        for i in range(columns.shape[1]):
+            if pattern is not None and i % pattern[1] == 0:
+                group = slice(first + i, first + i + pattern[1])
+                score = (columns[:, i : i + pattern[1]] / unit[group]).square()
+                kept[:, group] = _without(score, pattern[1] - pattern[0], "budget")
+            errors[:, i] = torch.where(kept[:, first + i], 0.0, columns[:, i] / u[i, i])
+            columns[:, i + 1 :] -= errors[:, i : i + 1] * u[i, i + 1 :]
+        w[:, part] = columns
+        w[:, first + block :] -= errors @ upper[part, first + block :]
+    return kept, w, (w / unit).square()
 
 
 def _exact(weight: Tensor) -> Tensor:

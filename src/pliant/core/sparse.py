@@ -20,6 +20,8 @@ nor loaded.
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from pliant.core import check
 from pliant.core.cost import time_ratio
 from pliant.core.inputs import Input, call, evaluating, removing
 from pliant.core.masks import follows_pattern
@@ -36,7 +39,29 @@ BLOCKS = (32, 16, 8)
 _ZERO_BLOCKS = 0.25  # below this share of zero blocks, rows or columns no form of them is tried
 
 
-class SparseLinear(nn.Module):
+@functools.cache
+def _hear_once() -> None:
+    """Torch says once in a process, of the first sparse tensor, that these are in beta: said here, to no one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta", UserWarning)
+        torch.sparse_csr_tensor(
+            torch.tensor([0, 0]), torch.tensor([], dtype=torch.long), torch.tensor([]), (1, 1), check_invariants=False
+        )
+
+
+class _Sparse(nn.Module):
+    """A module that makes sparse tensors, whether it was built, copied or unpickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        _hear_once()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _hear_once()
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+class SparseLinear(_Sparse):
     """A linear layer whose weight (O, I) is stored by its non-zero entries only, in compressed rows (CSR).
 
     The product is W x^T: the CSR operand on the left is several times faster than on the right.
@@ -63,7 +88,7 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, nonzero={self.values.numel()}"
 
 
-class SparseConv2d(nn.Module):
+class SparseConv2d(_Sparse):
     """A convolution whose filters (O, I, h, w) are stored in compressed rows and multiply the patches of the image.
 
     For one group and padding with zeros; ``SparseConv2d.fits`` says whether a convolution is of this kind.
@@ -117,7 +142,7 @@ class SparseConv2d(nn.Module):
         )
 
 
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(_Sparse):
     """A linear layer whose weight (O, I) is stored by those ``block`` x ``block`` blocks that are not zero.
 
     Args:
@@ -252,8 +277,7 @@ def compile_sparse(
     Raises:
         ValueError: ``min_sparsity`` is outside [0, 1].
     """
-    if not 0.0 <= min_sparsity <= 1.0:
-        raise ValueError(f"min_sparsity: {min_sparsity} is not in [0, 1]")
+    check.share("min_sparsity", min_sparsity)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
     shapes = {} if example is None else _input_shapes(model, layers, example)
     report = {}

@@ -63,7 +63,6 @@ from pliant.core.inputs import (
     packed,
     rows_of,
     split_batch,
-    suited,
     take,
     to_device,
 )
@@ -940,7 +939,7 @@ def _truncated(net: JEIDNN, k: int) -> nn.Module:
 
     # Three rows: sizes 0 and 1 would be fixed in the graph.
     n = rows_of(net.example)
-    x = take(suited(net.example, net.model), torch.arange(3, device=net.head_bias.device) % n)
+    x = take(net.example, torch.arange(3, device=net.head_bias.device) % n)
     values = list(x.values()) if isinstance(x, Mapping) else list(x) if isinstance(x, tuple | list) else [x]
     local = Truncated().eval()
     shapes = {"tensors": tuple({0: torch.export.Dim.DYNAMIC} for _ in values)}

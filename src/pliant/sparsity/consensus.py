@@ -81,7 +81,6 @@ from pliant.core.inputs import (
     removing,
     rows_of,
     split_batch,
-    suited,
     take,
     to_device,
 )
@@ -991,7 +990,7 @@ class Consensus(Dynamic):
     def report(self) -> Report:
         """What the gates decided on the set that ``find_consensus`` saw last, and what is left of the network."""
         chosen = (self.means >= 0.5).double()
-        x = suited(take(self.example, slice(0, 1)), self.model)
+        x = take(self.example, slice(0, 1))
         plain = self.extract(self.points()[0], force=True)
         names = [b.name for b in self.branches] or [r.writer for r in self._channels]
         spans = zip(names, pairwise(self._bounds), strict=True)

@@ -23,6 +23,9 @@ itself, for t = 1..T (``refine``)::
 In N:M patterns g is the same, and d = argmin of the *start's* score among the kept, untouched weights of g's group,
 whatever its sign.
 
+From SparseGPT, which changes the weights that it keeps, the start is a mask and other values V: C and S are those of
+V, what grows back has the value that it had when it went, and e_r = sum_k W[r, k] mu_k - sum_k M[r, k] V[r, k] mu_k.
+
 Stacked experts (E, O, I) are so many matrices, each with the statistics of the tokens that are routed to it. An expert
 that no token of the calibration reaches has none, and is pruned by magnitude.
 
@@ -32,7 +35,7 @@ sparse already (``DSnoT.prune``).
 Why there is no loop over weights: candidates of the two signs never mix, so the t-th swap of a sign is the t-th of one
 list and the t-th of another, and both lists are sorted before the loop.
 
-Where the specification is silent or wrong:
+Where this file differs from the paper and its code:
 
 - A row with nothing left to grow or to prune stops. In N:M, a group none of whose kept weights is untouched is passed
   over, since nothing can grow there; it matters only where fewer weights are kept than pruned (1:4).
@@ -61,12 +64,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from pliant.core import masks
+from pliant.core import check, masks
 from pliant.core.activations import Observed, StackedStatistics, Statistics, Variance, observe, tell_apart, token_masks
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.inputs import (
@@ -76,7 +79,9 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    first_line,
     first_tensor,
+    follow_dtype,
     logits,
     packed,
     removing,
@@ -89,7 +94,7 @@ from pliant.core.matrices import Bank, Matrix, is_matrix, matrices
 from pliant.core.objective import Criterion, loss
 from pliant.core.sparse import compile_sparse
 
-Start = Literal["wanda", "magnitude", "sparsegpt"]
+Start = Literal["wanda", "magnitude", "sparsegpt", "sparsegpt-score"]
 Stats = Literal["pliant", "reference"]
 Correction = Literal["none", "bias"]
 DENSE = Point(sparsity=0.0)
@@ -135,6 +140,7 @@ def refine(
     pattern: tuple[int, int] | None = None,
     score: Tensor | None = None,
     shrinking: bool = True,
+    error: Tensor | None = None,
 ) -> Refined:
     """Swap pruned weights for kept ones, row by row, until the expected error is small: the paper's algorithm.
 
@@ -153,6 +159,7 @@ def refine(
         pattern: (N, M) of an N:M mask; it stays one.
         score: the start's score (O, I), which chooses what to prune inside the groups of a pattern.
         shrinking: in a pattern, pass over pairs that would move e_r away from zero; False is the reference's rule.
+        error: e_r (O,) at the start, where it is more than the sum over what is pruned: W is then what the start made.
 
     Raises:
         ValueError: shapes differ, ``pattern`` comes without ``score``, or ``kept`` does not follow it.
@@ -164,6 +171,7 @@ def refine(
         ("variance", variance, each),
         ("norm", norm, each),
         ("score", kept if score is None else score, weight.shape),
+        ("error", weight[..., 0] if error is None else error, weight.shape[:-1]),
     ):
         if tensor.shape != torch.Size(shape):
             raise ValueError(f"{name}: its shape is {tuple(tensor.shape)}; allowed: {tuple(shape)}")
@@ -178,6 +186,7 @@ def refine(
     v = torch.maximum(v, 1e-12 * mu.square().amax(1, keepdim=True)) ** variance_power
     flat, start = weight.detach().reshape(-1, columns), kept.reshape(-1, columns)
     scores = None if score is None else score.reshape(-1, columns)
+    errors = None if error is None else error.double().reshape(-1)
     owner = torch.arange(len(mu), device=weight.device).repeat_interleave(weight.shape[-2])  # each row's matrix
     parts = []
     step = max(1, _AT_ONCE // max(1, columns))
@@ -185,8 +194,12 @@ def refine(
         m, u, n = (t if len(t) == 1 else t[owner[part]] for t in (mu, v, nrm))
         w = flat[part].double()
         chosen = None if scores is None else scores[part]
+        c = w * m
+        first_error = c.masked_fill(start[part], 0.0).sum(1) if errors is None else errors[part]
         parts.append(
-            _refine_rows(w * m, w.abs() * n, u, start[part], cycles, same_sign, eps, pattern, chosen, shrinking)
+            _refine_rows(
+                c, w.abs() * n, u, start[part], first_error, cycles, same_sign, eps, pattern, chosen, shrinking
+            )
         )
     mask, *others = (torch.cat(each) for each in zip(*parts, strict=True))
     return Refined(mask.view(weight.shape), *(t.view(weight.shape[:-1]) for t in others))
@@ -197,6 +210,7 @@ def _refine_rows(
     s: Tensor,
     v: Tensor,
     start: Tensor,
+    before: Tensor,
     cycles: int,
     same_sign: bool,
     eps: float,
@@ -205,7 +219,6 @@ def _refine_rows(
     shrinking: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All rows of C, S (R, I) together; the loop is over t alone, on vectors (R,)."""
-    before = c.masked_fill(start, 0.0).sum(1)
     sign = before.sign()
     length = min(cycles, c.shape[1])
     if not length:
@@ -348,19 +361,21 @@ class Report(tuple[LayerReport, ...]):
 
 
 class _Stored(nn.Module):
-    """The masks of one setting, packed, and its biases where they are corrected."""
+    """The masks of one setting, packed, its biases where they are corrected, and its values where they are its own."""
 
-    def __init__(self, layers: Sequence[Matrix], biases: bool) -> None:
+    def __init__(self, layers: Sequence[Matrix], biases: bool, kept: Sequence[int]) -> None:
         super().__init__()
         for i, layer in enumerate(layers):
             w = layer.parameter
             self.register_buffer(f"bits{i}", torch.zeros(-(-w.numel() // 8), dtype=torch.uint8, device=w.device))
+            if kept:
+                self.register_buffer(f"values{i}", w.detach().new_zeros(kept[i]))
             if biases and (bias := layer.bias) is not None:
                 self.register_buffer(f"bias{i}", torch.zeros_like(bias))
 
 
 class _Removed(nn.Module):
-    """What the setting in use has taken out of the parameters: pruned values, and dense biases."""
+    """What the setting in use has taken out of the parameters: pruned (or all dense) values, and dense biases."""
 
     def __init__(self, layers: Sequence[Matrix], zeros: Sequence[int], biases: bool) -> None:
         super().__init__()
@@ -502,7 +517,9 @@ class DSnoT(Dynamic):
         calibration: inputs to take the statistics from, a tensor or mapping, or batches. Where sequences are padded, in
             mappings with their ``attention_mask``: what it leaves out does not count. Do not take the text that you
             evaluate on.
-        start: the score of the first mask: "wanda", "magnitude", "sparsegpt". All by rows.
+        start: what the first mask comes from: "wanda", "magnitude" or "sparsegpt-score", scores by rows; or
+            "sparsegpt", which also changes the values that it keeps, and chooses among all rows of 128 inputs at a
+            time, so that rows have more zeros or fewer.
         sparsity: the sparsities on the dial, each in (0, 1); may be empty where there are patterns.
         pattern: N:M patterns on the dial, such as ("2:4", "4:8"): N kept of every M consecutive inputs.
         cycles: T, the most swaps in a row; 0 leaves the start as it is.
@@ -558,34 +575,29 @@ class DSnoT(Dynamic):
     ) -> None:
         super().__init__()
         self.point = DENSE
-        for name, value, kinds in (
-            ("start", start, Start),
-            ("stats", stats, Stats),
-            ("variance", variance, Variance),
-            ("correction", correction, Correction),
-        ):
-            if value not in get_args(kinds):
-                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, get_args(kinds)))}")
-        for name, number, least in (("cycles", cycles, 0), ("batch_size", batch_size, 1)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"{name}: {number!r}; allowed: a whole number of {least} or more")
-        for name, real in (("variance_power", variance_power), ("eps", eps)):
-            if not real >= 0.0:
-                raise ValueError(f"{name}: {real!r}; allowed: 0 or more")
-        if refine is not None and not callable(refine):
-            raise TypeError(f"refine: expected a function of a layer's name or None, got {type(refine).__name__}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        check.module("model", model)
         self.sparsity = _sparsities(sparsity)
-        self.pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        self.pattern = (pattern,) if isinstance(pattern, str) else check.names("pattern", pattern)
+        check.distinct("pattern", self.pattern)
         self._patterns = {p: masks.parse_pattern(p) for p in self.pattern}
         if not self.sparsity and not self.pattern:
             raise ValueError("sparsity: () and pattern: () leave the dial empty; give one of them")
-        self.start, self.cycles, self.variance_power, self.same_sign = start, cycles, float(variance_power), same_sign
-        self.shrinking = shrinking
-        self.eps, self.stats, self.variance, self.refine, self.correction = eps, stats, variance, refine, correction
-        self.include, self.exclude = _names("include", include), _names("exclude", exclude)
-        self.blocks, self.batch_size, self.criterion = blocks, batch_size, criterion
+        self.start = check.choice("start", start, Start)
+        self.cycles = check.whole("cycles", cycles, at_least=0)
+        self.variance_power = check.number("variance_power", variance_power, at_least=0, at_most=16)
+        self.same_sign = check.boolean("same_sign", same_sign)
+        self.shrinking = check.boolean("shrinking", shrinking)
+        self.eps = check.number("eps", eps, at_least=0)
+        self.stats, self.variance = check.choice("stats", stats, Stats), check.choice("variance", variance, Variance)
+        self.refine = check.optional(check.function, "refine", refine)
+        self.correction = check.choice("correction", correction, Correction)
+        self.include, self.exclude = check.names("include", include), check.names("exclude", exclude)
+        self.blocks = check.optional(
+            check.instance, "blocks", blocks, str, allowed="the path of a list of blocks, or ''"
+        )
+        self.batch_size = check.whole("batch_size", batch_size, at_least=1)
+        check.optional(check.mapping, "dense_weights", dense_weights, lambda n, v: check.instance(n, v, Tensor))
+        self.criterion = check.optional(check.function, "criterion", criterion)
 
         whole = calibration if calibration is not None else example
         self._data = _batches(whole, batch_size, "example" if calibration is None else "calibration")
@@ -593,11 +605,13 @@ class DSnoT(Dynamic):
         self.example: Input = take(example if given else self._data[0], slice(0, 2))
         self.calibration = calibration if given else whole
         check_example(model, self.example)
+        _check_calibration(model, self._data[0], "example" if calibration is None else "calibration")
 
         self.model = model
         self._block_names = _find_blocks(model, blocks)
         self._layers = self._select()
         self._names = [layer.name for layer in self._layers]
+        self._chosen = [refine is None or _asked(refine, name) for name in self._names]
         masks.warn_refused(self.coverage, stacklevel=2)
         if dense_weights is not None:
             self._load_dense(dense_weights)
@@ -612,6 +626,12 @@ class DSnoT(Dynamic):
         self.reports: dict[Point, Report] = {}
 
     # -- the contract ---------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """The example and the calibration data follow where the network changes its precision."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._data = follow_dtype(self._data, fn)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network at the present setting."""
@@ -658,10 +678,15 @@ class DSnoT(Dynamic):
         """
         wanted = self._known(point)
         if wanted != self.point:
+            before = self.point
             with torch.inference_mode(False), torch.no_grad():
-                if wanted != DENSE and self._key(wanted) not in self.stored:
-                    self._make([wanted])
-                self._go(wanted)
+                try:
+                    if wanted != DENSE and self._key(wanted) not in self.stored:
+                        self._make([wanted])
+                    self._go(wanted)
+                except BaseException:
+                    self._go(before)
+                    raise
         return self
 
     def extract(self, point: Mapping[str, Value], sparse: bool = False, min_sparsity: float = 0.85) -> nn.Module:
@@ -711,12 +736,20 @@ class DSnoT(Dynamic):
         Raises:
             ValueError: a layer is never called, or its activations contain NaN or infinity.
         """
+        before, held = self.point, (self._data, self.calibration)
         if calibration is not None:
-            self._data, self.calibration = _batches(calibration, self.batch_size, "calibration"), calibration
-        before = self.point
-        with torch.inference_mode(False), torch.no_grad():
-            self._make([p for p in self.points() if p != DENSE])
-        return self.use(before)
+            found = _batches(calibration, self.batch_size, "calibration")
+            _check_calibration(self.model, found[0], "calibration")
+            self._data, self.calibration = found, calibration
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._make([p for p in self.points() if p != DENSE])
+        except BaseException:
+            self._data, self.calibration = held
+            raise
+        finally:
+            self.use(before)
+        return self
 
     def report(self, point: Mapping[str, Value] | None = None) -> Report:
         """What was done to every layer at ``point`` (the setting in use where it is None); made first if need be.
@@ -751,19 +784,24 @@ class DSnoT(Dynamic):
     def _make(self, points: Sequence[Point]) -> None:
         """Make the masks of ``points``; the dial is at the dense network afterwards, also after an error."""
         self._go(DENSE)
-        with evaluating(self.model), _without_cache(self.model):
-            runner = _Runner(self.model, [self.model.get_submodule(b) for b in self._block_names], self._data)
-            for point in points:
-                key = self._key(point)
-                self.stored[key] = _Stored(self._layers, self.correction == "bias")
-                self.point = point
-                try:
+        stored, reports = dict(self.stored.items()), dict(self.reports)
+        try:
+            with evaluating(self.model), _without_cache(self.model):
+                runner = _Runner(self.model, [self.model.get_submodule(b) for b in self._block_names], self._data)
+                for point in points:
+                    self.stored[self._key(point)] = _Stored(self._layers, self.correction == "bias", self._none)
+                    self.point = point
                     self.reports[point] = self._prune_blocks(point, runner)
-                except BaseException:
                     self._go(DENSE)
-                    del self.stored[key]
-                    raise
-                self._go(DENSE)
+        except BaseException:
+            self._go(DENSE)  # by the masks that were begun; then those from before
+            self.stored, self.reports = nn.ModuleDict(stored), reports
+            raise
+
+    @property
+    def _none(self) -> list[int]:
+        """How many values of its own a setting begins with in each layer; empty where all values are the dense ones."""
+        return [0] * len(self._names) if self.start == "sparsegpt" else []
 
     def _prune_blocks(self, point: Point, runner: _Runner) -> Report:
         """Statistics of one block, its masks, and on with its outputs; the dial stands at ``point`` at the end."""
@@ -773,7 +811,7 @@ class DSnoT(Dynamic):
         for index, block in enumerate(self._block_names):
             inside = [i for i, name in enumerate(self._names) if not block or f"{name}.".startswith(f"{block}.")]
             layers = {self._names[i]: self._layers[i] for i in inside}
-            with observe(layers, hessian=self.start == "sparsegpt", variance=self.variance) as seen:
+            with observe(layers, hessian=self.start.startswith("sparsegpt"), variance=self.variance) as seen:
                 runner.run(index, seen)
             for i in inside:
                 statistics = seen[self._names[i]]
@@ -782,9 +820,11 @@ class DSnoT(Dynamic):
                         f"model: its forward never calls the layer {self._names[i]!r} on the calibration data; "
                         "exclude it, or give data that reaches it"
                     )
-                kept, error, report = self._mask_layer(i, statistics, point)
+                kept, values, error, report = self._mask_layer(i, statistics, point)
                 rows.append(report)
                 stored.get_buffer(f"bits{i}").copy_(masks.pack_bits(kept))
+                if values is not None:
+                    stored.register_buffer(f"values{i}", values[kept].to(self._layers[i].parameter.dtype))
                 if self.correction == "bias" and (bias := self._layers[i].bias) is not None:
                     stored.get_buffer(f"bias{i}").copy_(bias + error)
                 self._take_out(i)
@@ -792,27 +832,42 @@ class DSnoT(Dynamic):
                 runner.advance(index)
         return Report(rows)
 
-    def _mask_layer(self, i: int, seen: Statistics, point: Point) -> tuple[Tensor, Tensor, LayerReport]:
-        """The mask of layer ``i``, the error that it leaves (O,), and the report."""
+    def _mask_layer(self, i: int, seen: Statistics, point: Point) -> tuple[Tensor, Tensor | None, Tensor, LayerReport]:
+        """The mask of layer ``i``, values of its own, the error that it leaves (O,), and the report."""
         name, weight = self._names[i], self._layers[i].read()
         unreached = [e for e, n in enumerate(seen.counts) if not n] if isinstance(seen, StackedStatistics) else []
+        pattern = self._patterns[str(point["pattern"])] if "pattern" in point else None
+        budget = pattern or float(point["sparsity"])
+        values, error, kept = None, None, None
         if self.start == "magnitude":
             score = masks.magnitude_score(weight)
         elif self.start == "wanda":
             score = masks.wanda_score(weight, seen.norm)
-        else:
+        elif self.start == "sparsegpt-score":
             score = masks.sparsegpt_score(weight, seen.hessian)
+        else:
+            flat, hessian = weight.view(-1, *weight.shape[-2:]), seen.hessian.view(-1, *[weight.shape[-1]] * 2)
+            each = [masks.sparsegpt(w, h, budget) for w, h in zip(flat, hessian, strict=True)]
+            kept, values, score = (torch.stack(found).view(weight.shape) for found in zip(*each, strict=True))
         if unreached:
             score[unreached] = masks.magnitude_score(weight[unreached]).to(score)
-        pattern = self._patterns[str(point["pattern"])] if "pattern" in point else None
-        if pattern is None:
-            kept = masks.row_mask(score, zeros_in_row(weight.shape[-1], float(point["sparsity"])))
-        else:
-            kept = masks.group_mask(score, *pattern)
-        chosen = self.refine is None or self.refine(name)
+        if kept is None or unreached:
+            if pattern is None:
+                by_score = masks.row_mask(score, zeros_in_row(weight.shape[-1], float(point["sparsity"])))
+            else:
+                by_score = masks.group_mask(score, *pattern)
+            if kept is None:
+                kept = by_score
+            else:
+                kept[unreached] = by_score[unreached]
+        if values is not None:
+            values[unreached] = weight[unreached].double()
+            mean = seen.mean.double()[..., None, :]
+            error = ((weight.double() - values.masked_fill(~kept, 0.0)) * mean).sum(-1)
+        chosen = self._chosen[i]
         tokens = seen.count / sum(map(rows_of, self._data))
         found = refine(
-            weight,
+            weight if values is None else values,
             kept,
             seen.mean,
             seen.variance,
@@ -824,6 +879,7 @@ class DSnoT(Dynamic):
             pattern=pattern,
             score=score,
             shrinking=self.shrinking,
+            error=error,
         )
         before, after = found.before, found.after
         report = LayerReport(
@@ -839,7 +895,7 @@ class DSnoT(Dynamic):
             squared_after=float(after.square().sum()),
             unreached=len(unreached),
         )
-        return found.kept, after, report
+        return found.kept, values, after, report
 
     # -- turning the dial -------------------------------------------------------------------------------------------
 
@@ -860,7 +916,10 @@ class DSnoT(Dynamic):
             if not values.numel():  # nothing is missing: the dense network, or one whose masks are being made
                 continue
             weight = layer.read().clone()
-            weight[~self._kept(i)] = values
+            if values.numel() == weight.numel():
+                weight = values.view(weight.shape)
+            else:
+                weight[~self._kept(i)] = values
             layer.write(weight)
             if self.correction == "bias" and (bias := layer.bias) is not None:
                 bias.copy_(self.removed.get_buffer(f"bias{i}"))
@@ -873,12 +932,16 @@ class DSnoT(Dynamic):
     def _take_out(self, i: int) -> None:
         """Move what is pruned of layer ``i`` out of its weight, and its dense bias out of its bias."""
         layer, kept = self._layers[i], self._kept(i)
-        weight = layer.read()
-        self.removed.register_buffer(f"values{i}", weight[~kept].clone())
-        layer.write(weight.masked_fill(~kept, 0.0))
+        weight, stored = layer.read(), cast(_Stored, self.stored[self._key(self.point)])
+        sparse = weight.masked_fill(~kept, 0.0)
+        if self.start == "sparsegpt":  # the kept values are others too
+            sparse[kept] = stored.get_buffer(f"values{i}")
+        gone = weight.flatten() if self.start == "sparsegpt" else weight[~kept]
+        self.removed.register_buffer(f"values{i}", gone.clone())
+        layer.write(sparse)
         if self.correction == "bias" and (bias := layer.bias) is not None:
             self.removed.register_buffer(f"bias{i}", bias.detach().clone())
-            bias.copy_(cast(_Stored, self.stored[self._key(self.point)]).get_buffer(f"bias{i}"))
+            bias.copy_(stored.get_buffer(f"bias{i}"))
 
     def _empty(self, zeros: Sequence[int]) -> _Removed:
         return _Removed(self._layers, zeros, self.correction == "bias")
@@ -890,9 +953,13 @@ class DSnoT(Dynamic):
         return {
             "point": dict(self.point),
             "zeros": [self.removed.get_buffer(f"values{i}").numel() for i in range(len(self._names))],
-            "stored": list(self.stored),
+            "stored": {key: self._own(cast(_Stored, slot)) for key, slot in self.stored.items()},
             "reports": {self._key(p): [asdict(row) for row in report] for p, report in self.reports.items()},
         }
+
+    def _own(self, stored: _Stored) -> list[int]:
+        """How many values of its own a setting has in each layer."""
+        return [stored.get_buffer(f"values{i}").numel() for i in range(len(self._none))]
 
     def restructure(self, structure: dict[str, Any]) -> None:
         """Make room for the tensors of a network with this ``structure``."""
@@ -900,7 +967,8 @@ class DSnoT(Dynamic):
             raise ValueError(f"structure: {len(structure['zeros'])} layers, the network has {len(self._names)}")
         points = self.points()[::-1]
         layers = self._layers
-        self.stored = nn.ModuleDict({k: _Stored(layers, self.correction == "bias") for k in structure["stored"]})
+        biases = self.correction == "bias"
+        self.stored = nn.ModuleDict({k: _Stored(layers, biases, own) for k, own in structure["stored"].items()})
         self.removed = self._empty(structure["zeros"])
         self.reports = {
             points[int(k)]: Report(LayerReport(**row) for row in rows) for k, rows in structure["reports"].items()
@@ -994,33 +1062,46 @@ def zeros_in_row(columns: int, sparsity: float) -> int:
     return int(round(columns * sparsity, 6))
 
 
-def _sparsities(sparsity: float | Sequence[float]) -> tuple[float, ...]:
-    found = tuple(float(s) for s in ((sparsity,) if isinstance(sparsity, int | float) else sparsity))
-    for s in found:
-        if not 0.0 < s < 1.0:
-            raise ValueError(f"sparsity: {s} is not in (0, 1)")
-    if len(set(found)) != len(found):
-        raise ValueError(f"sparsity: {found} names one twice")
+def _sparsities(sparsity: Any) -> tuple[float, ...]:
+    def share(name: str, value: Any) -> float:
+        return check.number(name, value, above=0, below=1)
+
+    several = isinstance(sparsity, Sequence) and not isinstance(sparsity, str | bytes)
+    found = check.sequence("sparsity", sparsity, share, empty=True) if several else (share("sparsity", sparsity),)
+    check.distinct("sparsity", found)
     return tuple(sorted(found))
 
 
-def _names(argument: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(patterns, str):
-        raise TypeError(f"{argument}: expected a sequence of name patterns, got the string {patterns!r}")
-    return tuple(patterns)
+def _asked(refine: Callable[[str], bool], name: str) -> bool:
+    try:
+        return bool(refine(name))
+    except Exception as error:  # a function of the caller's own may raise anything
+        raise ValueError(f"refine: it fails for the layer {name!r}: {first_line(error)}") from error
+
+
+def _check_calibration(model: nn.Module, x: Input, name: str) -> None:
+    with evaluating(model), torch.no_grad():
+        try:
+            call(model, to_device(take(x, slice(0, 1)), device_of(model)))
+        except Exception as error:  # a model of the caller's own may raise anything
+            raise ValueError(f"{name}: the model does not accept it: {first_line(error)}") from error
 
 
 def _batches(data: Any, size: int, name: str) -> list[Input]:
     """Calibration data as inputs of ``size`` rows at most: an input by itself, or an iterable of batches."""
     if isinstance(data, Tensor | tuple | Mapping):
         data = [data] if not isinstance(data, tuple) else [(data, None)]
-    if isinstance(data, str) or not isinstance(data, Iterable):
-        raise TypeError(f"{name}: expected inputs or an iterable of batches, got {type(data).__name__}")
     found: list[Input] = []
-    for batch in data:
-        alone = isinstance(batch, Tensor) or (isinstance(batch, Mapping) and "labels" not in batch)
-        x = batch if alone else split_batch(batch)[0]
-        found += [take(x, slice(start, start + size)) for start in range(0, rows_of(x), size)]
+    allowed = "inputs (a tensor, a tuple or a mapping of tensors), or an iterable of batches"
+    if isinstance(data, str) or not isinstance(data, Iterable):
+        raise check.wrong(name, data, allowed, TypeError)
+    try:
+        for batch in data:
+            alone = isinstance(batch, Tensor) or (isinstance(batch, Mapping) and "labels" not in batch)
+            x = batch if alone else split_batch(batch)[0]
+            found += [take(x, slice(start, start + size)) for start in range(0, rows_of(x), size)]
+    except (TypeError, ValueError, IndexError) as error:
+        raise TypeError(f"{check.wrong(name, data, allowed)} ({first_line(error)})") from error
     if not found or not first_tensor(found[0]).numel():
         raise ValueError(f"{name}: there is no calibration data in it; a few dozen sequences are enough")
     return found

@@ -31,17 +31,18 @@ channel c of a layer's output y, summed over the batches of the epoch::
 each divided by the layer's L2 norm (weight and lrp: by the layer's sum); mean over the rows of a batch and the map.
 Channels that are added to each other are scored together, by the mean over the layers that write them.
 
-How this file computes it: the smaller network runs in training too. A setting keeps its adapters and its own tensors
-already cut to the kept channels, and the frozen W is read through the cuts of ``core.slicing``. So what is removed is
-not there: no optimiser can bring it back, and masked, sliced and fused network are one.
+How this file computes it: the smaller network runs in training too. Both the frozen W and what a setting learns are
+read through the cuts of ``core.slicing``: what is removed is not in the computation, so no optimiser can bring it back,
+and masked, sliced and fused network are one. The learned tensors themselves keep their shapes while they are trained,
+so optimisers, gradients and other processes never see one change; what is stored is cut.
 
-Where the specification is silent or wrong:
+Where the paper is silent:
 
 - "lrp" is gradient times activation of the true class's logit: for networks of ReLUs the same as LRP with the zero
   rule, up to biases.
-- Whether a batch's sums are added with their signs is not said. They are added without: at a minimum the signed ones
-  vanish.
-- Linear layers take SPPaRA's dense C too. Grouped convolutions share A among their groups, and are run fused.
+- When the sign of a score is dropped: ``absolute``.
+- Linear layers take SPPaRA's dense C too. Grouped convolutions share A among their groups, and are run fused, as are
+  the four projections of ``nn.MultiheadAttention``.
 - The score of a SPLoPA block is its part of the same sums (weight; or |sum of w dL/dw|), blocks instead of channels.
 - After pruning the optimiser's state of the tensors that shrank is dropped, as a fresh optimiser would have none.
 """
@@ -52,17 +53,21 @@ import copy
 import json
 import math
 import os
+import threading
 import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast
 
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -70,6 +75,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.optim import Optimizer
 
+from pliant.core import check
 from pliant.core.cuts import Cuts
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
@@ -79,6 +85,7 @@ from pliant.core.inputs import (
     check_example,
     device_of,
     evaluating,
+    follow_dtype,
     packed,
     removing,
     split_batch,
@@ -86,13 +93,15 @@ from pliant.core.inputs import (
 )
 from pliant.core.masks import pack_bits, unpack_bits
 from pliant.core.objective import Criterion, loss, target_outputs
-from pliant.core.slicing import Group, Slicing
+from pliant.core.slicing import Group, NothingToCutError, Slicing
 from pliant.core.sparse import compile_sparse
 from pliant.core.subnetwork import SubNetwork
 
 Kind = Literal["splora", "sppara", "splopa"]
 Score = Literal["taylor", "gradient", "weight", "lrp"]
+Absolute = Literal["reference", "batch"]
 FORMAT = 1
+_MOST_PROTOTYPES = 4096
 
 
 # -- the adapters ---------------------------------------------------------------------------------------------------
@@ -102,19 +111,19 @@ class _Adapter(nn.Module, ABC):
     """A change dW (n_out, n_in) as a product of factors, which are applied one after the other."""
 
     @abstractmethod
-    def factors(self) -> tuple[Tensor, ...]:
-        """Matrices in the order in which they are applied: dW x = f_n (... (f_1 x))."""
+    def factors(self, out: Tensor | None = None, inp: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Matrices in the order in which they are applied, dW x = f_n (... (f_1 x)); for these outputs and inputs."""
 
-    def delta(self) -> Tensor:
-        """The whole change (n_out, n_in)."""
-        first, *rest = self.factors()
+    def delta(self, out: Tensor | None = None, inp: Tensor | None = None) -> Tensor:
+        """The whole change, or that of these outputs and inputs."""
+        first, *rest = self.factors(out, inp)
         for factor in rest:
             first = factor @ first
         return first
 
     @abstractmethod
-    def cut(self, out: Tensor, inp: Tensor) -> None:
-        """Leave these outputs and inputs only, in place."""
+    def cut(self, out: Tensor | None, inp: Tensor | None) -> Self:
+        """A copy with these outputs and inputs only."""
 
 
 class SPLoRA(_Adapter):
@@ -127,14 +136,16 @@ class SPLoRA(_Adapter):
         self.rows = nn.Parameter(rows[0].clone())
         self.cols = nn.Parameter(torch.empty(n_out, rank).uniform_(-init_range, init_range))
 
-    def factors(self) -> tuple[Tensor, ...]:
+    def factors(self, out: Tensor | None = None, inp: Tensor | None = None) -> tuple[Tensor, ...]:
         """A, then B."""
-        return self.rows, self.cols
+        return _pick(self.rows, 1, inp), _pick(self.cols, 0, out)
 
-    def cut(self, out: Tensor, inp: Tensor) -> None:
+    def cut(self, out: Tensor | None, inp: Tensor | None) -> Self:
         """Rows of B and columns of A."""
-        self.cols.data = self.cols.data[out].contiguous()
-        self.rows.data = self.rows.data[:, inp].contiguous()
+        made = copy.deepcopy(self)
+        made.rows = nn.Parameter(_pick(self.rows, 1, inp).detach().clone())
+        made.cols = nn.Parameter(_pick(self.cols, 0, out).detach().clone())
+        return made
 
 
 class SPPaRA(_Adapter):
@@ -144,13 +155,15 @@ class SPPaRA(_Adapter):
         super().__init__()
         self.full = nn.Parameter(torch.empty(n_out, n_in).uniform_(-init_range, init_range))
 
-    def factors(self) -> tuple[Tensor, ...]:
+    def factors(self, out: Tensor | None = None, inp: Tensor | None = None) -> tuple[Tensor, ...]:
         """C."""
-        return (self.full,)
+        return (_pick(_pick(self.full, 0, out), 1, inp),)
 
-    def cut(self, out: Tensor, inp: Tensor) -> None:
+    def cut(self, out: Tensor | None, inp: Tensor | None) -> Self:
         """Rows and columns of C."""
-        self.full.data = self.full.data[out][:, inp].contiguous()
+        made = copy.deepcopy(self)
+        made.full = nn.Parameter(self.factors(out, inp)[0].detach().clone())
+        return made
 
 
 class Prototypes(nn.Module):
@@ -188,6 +201,11 @@ class SPLoPA(nn.Module):
         return self.mask.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
 
 
+def _pick(tensor: Tensor, dim: int, at: Tensor | None) -> Tensor:
+    """The positions ``at`` of one dimension; all of them where it is None."""
+    return tensor if at is None else tensor.index_select(dim, at.to(tensor.device))
+
+
 def _add_to_centre(weight: Tensor, delta: Tensor) -> Tensor:
     """W + dW, for a convolution at the centre tap."""
     if weight.dim() == 2:
@@ -212,9 +230,13 @@ def _parallel(layer: nn.Module, factors: Sequence[Tensor], x: Tensor) -> Tensor:
     ones = [1] * len(conv.kernel_size)
     batch = x if x.dim() == len(ones) + 2 else x[None]
     centre = [k // 2 * d for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-    padding = (
-        {"same": centre, "valid": [0] * len(ones)}[conv.padding] if isinstance(conv.padding, str) else conv.padding
-    )
+    if conv.padding_mode != "zeros":  # the centre sees what is padded, where that is more than the kernel's half
+        batch = F.pad(batch, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding: Sequence[int] = [0] * len(ones)
+    elif isinstance(conv.padding, str):
+        padding = {"same": centre, "valid": [0] * len(ones)}[conv.padding]
+    else:
+        padding = conv.padding
     offsets = [p - c for p, c in zip(padding, centre, strict=True)]
     for dim, offset in enumerate(offsets, 2):
         if offset < 0:  # the centre never sees the outermost rows
@@ -230,17 +252,74 @@ def _parallel(layer: nn.Module, factors: Sequence[Tensor], x: Tensor) -> Tensor:
 # -- one setting ----------------------------------------------------------------------------------------------------
 
 
-class _Setting(nn.Module):
-    """What a task owns at one density, cut to what is kept: adapters, its own parameters and buffers, and the masks.
+@dataclass(frozen=True)
+class _Place:
+    """What an adapter changes: ``rows`` outputs from ``start`` on of a weight of the model.
 
-    ``own``: names of tensors of the whole model -> the setting's, under names without dots.
+    ``beside``: the layer has a forward of its own that the adapter can run in parallel with.
+    """
+
+    weight: str
+    start: int
+    rows: int
+    beside: bool
+
+    @staticmethod
+    def of(name: str, module: nn.Module) -> dict[str, _Place]:
+        """By the name of the adapter: the layer's, with q, k, v behind it for the inputs of an attention."""
+        if not isinstance(module, nn.MultiheadAttention):
+            beside = getattr(module, "groups", 1) == 1
+            return {name: _Place(f"{name}.weight", 0, len(cast(Tensor, module.weight)), beside)}
+        size = module.embed_dim
+        found = {f"{name}.out_proj": _Place(f"{name}.out_proj.weight", 0, size, False)}
+        for i, letter in enumerate("qkv"):
+            if module.in_proj_weight is not None:
+                found[f"{name}.{letter}"] = _Place(f"{name}.in_proj_weight", i * size, size, False)
+            else:
+                found[f"{name}.{letter}"] = _Place(f"{name}.{letter}_proj_weight", 0, size, False)
+        return found
+
+
+class _Skeletons(threading.local):
+    """A network without weights for each thread, so that none sees what another one puts into its own."""
+
+    network: SubNetwork | None = None
+    source: SubNetwork | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Skeletons:
+        return _Skeletons()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_Skeletons, ())
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Where the kept outputs and inputs of a layer stand in its adapter; ``at``: where they begin in the cut weight."""
+
+    out: Tensor | None = None
+    inp: Tensor | None = None
+    at: int = 0
+
+
+class _Setting(nn.Module):
+    """What a task owns at one density: adapters, its own parameters and buffers, and which channels are kept.
+
+    Its tensors have the channels ``stored``, of which ``kept`` are in use: while it is trained it keeps all that it
+    began with. ``own``: names of tensors of the whole model -> the setting's, under names without dots.
     """
 
     def __init__(self, task: str, own: Mapping[str, Tensor], adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.task = task
         self.kept: dict[str, tuple[int, ...]] = {}  # of the groups that lost channels
+        self.stored: dict[str, tuple[int, ...]] = {}
+        self.index: dict[
+            str, dict[int, Tensor]
+        ] = {}  # of its own tensors: the kept ones among the stored, by dimension
+        self.cuts: dict[str, _Cut] = {}  # of the adapters
         self.network: SubNetwork | None = None  # built when it first runs
+        self.running = _Skeletons()
         self.frozen: tuple[Any, dict[str, Tensor]] | None = None  # the base's tensors, cut, and what they were cut from
         self.names: dict[str, str] = {}
         for i, (name, tensor) in enumerate(own.items()):
@@ -254,22 +333,70 @@ class _Setting(nn.Module):
         for layer, adapter in adapters.items():
             self.add_module(self.layers[layer], adapter)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without what is built when it is needed."""
+        return self.__dict__ | {"network": None, "running": _Skeletons(), "frozen": None}
+
     def own(self) -> dict[str, Tensor]:
-        """Its tensors by their names in the whole model."""
-        return {name: getattr(self, place) for name, place in self.names.items()}
+        """Its tensors by their names in the whole model, cut to what is kept."""
+        found = {}
+        for name, place in self.names.items():
+            value = getattr(self, place)
+            for dim, at in self.index.get(name, {}).items():
+                value = _pick(value, dim, at)
+            found[name] = value
+        return found
+
+    @torch.no_grad()
+    def update(self, used: Mapping[str, Tensor]) -> None:
+        """Take back the buffers that a training step wrote into cut copies of: statistics of norms."""
+        for name, index in self.index.items():
+            stored = getattr(self, self.names[name])
+            if not isinstance(stored, nn.Parameter):
+                ((dim, at),) = index.items()
+                stored.index_copy_(dim, at.to(stored.device), used[name])
 
     def adapter(self, layer: str) -> nn.Module:
         """The adapter of a layer."""
         return self.get_submodule(self.layers[layer])
 
+    def factors(self, layer: str) -> tuple[Tensor, ...]:
+        """The factors of a layer's adapter, cut to what is kept."""
+        cut = self.cuts.get(layer, _Cut())
+        return cast(_Adapter, self.adapter(layer)).factors(cut.out, cut.inp)
+
+    def delta(self, layer: str) -> Tensor:
+        """The change of a layer's weight, cut to what is kept."""
+        cut = self.cuts.get(layer, _Cut())
+        return cast(_Adapter, self.adapter(layer)).delta(cut.out, cut.inp)
+
+    @torch.no_grad()
     def learned(self) -> int:
-        """Learned numbers; a mask takes one bit for each channel or block besides."""
-        total = sum(p.numel() for p in self.parameters())
+        """Learned numbers among what is kept; a mask takes one bit for each channel or block besides."""
+        total = sum(t.numel() for n, t in self.own().items() if isinstance(getattr(self, self.names[n]), nn.Parameter))
         for layer in self.layers:
             adapter = self.adapter(layer)
             if isinstance(adapter, SPLoPA):  # what is masked is not stored
-                total -= len(adapter.S) * int((~adapter.mask).sum())
+                total += len(adapter.S) * int(adapter.mask.sum())
+            else:
+                total += sum(f.numel() for f in self.factors(layer))
         return total
+
+    @torch.no_grad()
+    def compact(self) -> _Setting:
+        """A copy that stores what is kept and nothing else."""
+        own = {
+            n: nn.Parameter(t.detach()) if isinstance(getattr(self, self.names[n]), nn.Parameter) else t
+            for n, t in self.own().items()
+        }
+        adapters: dict[str, nn.Module] = {}
+        for layer in self.layers:
+            adapter, cut = self.adapter(layer), self.cuts.get(layer, _Cut())
+            adapters[layer] = adapter.cut(cut.out, cut.inp) if isinstance(adapter, _Adapter) else copy.deepcopy(adapter)
+        made = _Setting(self.task, own, adapters)
+        made.kept = made.stored = dict(self.kept)
+        made.cuts = {layer: _Cut(at=cut.at) for layer, cut in self.cuts.items()}
+        return made
 
 
 # -- the method -----------------------------------------------------------------------------------------------------
@@ -288,16 +415,19 @@ class PruningAdapters(Dynamic):
         model: the pretrained network; it is wrapped, not copied, and none of its tensors ever changes.
         example: an input for it.
         kind: "splora", "sppara" or "splopa".
-        rank: r of SPLoRA: a number, or a share in (0, 1) of a layer's outputs.
+        rank: r of SPLoRA: a number, or a share in (0, 1) of a layer's outputs. No more than the layer's smaller side.
         init_range: range of the uniform initial values of the factor that starts small.
-        targets: names (fnmatch patterns) of the layers that get an adapter. Other Conv and Linear weights are frozen,
-            but for ``head``: ``targets=(), head=("*",)`` is fine-pruning, where a task owns every weight.
+        targets: names (fnmatch patterns) of the layers that get an adapter; an ``nn.MultiheadAttention`` named attn
+            has attn.q, attn.k, attn.v and attn.out_proj. Other weights are frozen, but for ``head``:
+            ``targets=(), head=("*",)`` is fine-pruning, where a task owns every Conv and Linear weight.
         exclude: names (patterns) of modules whose channels are never pruned.
         head: names (patterns) of layers that a task owns and trains whole; by default the last one that runs.
         density: shares of the channels that ``fit`` stops at, descending.
         adapt: share of ``fit`` before the first pruning.
         step: share of the original number of channels that one round of pruning removes.
         score: "taylor", "gradient", "weight" or, in ``prune`` with data only, "lrp".
+        absolute: when a score loses its sign. "reference": taylor and gradient when all batches are summed up, lrp
+            for each single activation; "batch": every score after each batch, so that batches never cancel out.
         block: p, q of SPLoPA.
         prototypes: N of SPLoPA.
         prototype_rank: rho of SPLoPA.
@@ -324,6 +454,7 @@ class PruningAdapters(Dynamic):
         adapt: float = 0.3,
         step: float = 0.05,
         score: Score = "taylor",
+        absolute: Absolute = "reference",
         block: tuple[int, int] = (32, 32),
         prototypes: int = 64,
         prototype_rank: int = 1,
@@ -333,43 +464,31 @@ class PruningAdapters(Dynamic):
     ) -> None:
         super().__init__()
         check_example(model, example)
-        for name, value, allowed in (
-            ("kind", kind, get_args(Kind)),
-            ("score", score, ("taylor", "gradient", "weight")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: {value!r}; allowed: {', '.join(map(repr, allowed))}")
-        if not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
-            raise ValueError(f"rank: {rank}; allowed: a whole number of 1 or more, or a share in (0, 1)")
-        if not 0.0 <= init_range < math.inf:
-            raise ValueError(f"init_range: {init_range} is negative or not finite")
-        if (
-            not density
-            or any(not 0.0 < d <= 1.0 for d in density)
-            or sorted(set(density), reverse=True) != list(density)
-        ):
-            raise ValueError(f"density: {tuple(density)}; allowed: shares in (0, 1], descending, none twice")
-        if not 0.0 <= adapt < 1.0:
-            raise ValueError(f"adapt: {adapt} is not in [0, 1)")
-        if not 0.0 < step < 1.0:
-            raise ValueError(f"step: {step} is not in (0, 1)")
-        if len(block) != 2 or min(block) < 1 or prototypes < 1 or prototype_rank < 1:
-            raise ValueError(
-                f"block: {block}, prototypes: {prototypes}, prototype_rank: {prototype_rank}; each 1 or more"
-            )
-        for name, patterns in (("targets", targets), ("exclude", exclude), ("head", head)):
-            if isinstance(patterns, str):
-                raise TypeError(f"{name}: expected a sequence of name patterns, got the string {patterns!r}")
-        self.kind, self.rank, self.init_range, self.score, self.seed = kind, rank, init_range, score, seed
-        self.targets, self.exclude = tuple(targets), tuple(exclude)
-        self.head = None if head is None else tuple(head)
-        self.density, self.adapt, self.step, self.task = tuple(density), adapt, step, task
-        self.block, self.prototypes, self.prototype_rank = (block[0], block[1]), prototypes, prototype_rank
-        self.criterion, self.example, self.model = criterion, example, model
+        self.kind = check.choice("kind", kind, Kind)
+        self.rank = check.number("rank", rank, above=0, at_most=check.LARGEST)
+        if rank >= 1 and rank != int(rank):
+            raise check.wrong("rank", rank, "a whole number of 1 or more, or a share in (0, 1)")
+        self.rank = int(rank) if rank >= 1 else self.rank
+        self.init_range = check.number("init_range", init_range, at_least=0, at_most=1000)
+        self.targets, self.exclude = check.names("targets", targets), check.names("exclude", exclude)
+        self.head = check.optional(check.names, "head", head, empty=False)
+        self.density = check.sequence("density", density, lambda n, v: check.number(n, v, above=0, at_most=1))
+        if sorted(set(self.density), reverse=True) != list(self.density):
+            raise check.wrong("density", density, "shares in (0, 1], descending, none twice")
+        self.adapt = check.number("adapt", adapt, at_least=0, below=1)
+        self.step = check.number("step", step, above=0, below=1)
+        self.score = check.choice("score", score, ("taylor", "gradient", "weight"))
+        self.absolute = check.choice("absolute", absolute, Absolute)
+        self.block = check.sequence("block", block, lambda n, v: check.whole(n, v, at_least=1), length=2)
+        self.prototypes = check.whole("prototypes", prototypes, at_least=1, at_most=_MOST_PROTOTYPES)
+        self.prototype_rank = check.whole("prototype_rank", prototype_rank, at_least=1)
+        self.task, self.seed = check.text("task", task), check.seed("seed", seed)
+        self.criterion = check.optional(check.function, "criterion", criterion)
+        self.example, self.model = example, model
         for p in model.parameters():
             p.requires_grad_(False)
         self._heads, self._adapted = self._choose_layers()
-        self.slicing = Slicing(model, example, width=kind != "splopa", exclude=exclude, stacks=())
+        self.slicing = self._slice()
         self._warn_of_rank()
         self.blocks = self._make_prototypes()
         self.settings = nn.ModuleList([self._new_setting(task, seed)])
@@ -381,58 +500,76 @@ class PruningAdapters(Dynamic):
 
     # -- construction -------------------------------------------------------------------------------------------
 
-    def _choose_layers(self) -> tuple[list[str], list[str]]:
-        """Names of the layers that a task owns whole, and of those that get an adapter."""
+    def _choose_layers(self) -> tuple[list[str], dict[str, _Place]]:
+        """Names of the layers that a task owns whole, and what gets an adapter."""
         order: list[str] = []
-        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
+        modules = dict(self.model.named_modules())
+        attentions = {n: m for n, m in modules.items() if isinstance(m, nn.MultiheadAttention)}
+        inside = {f"{n}.out_proj" for n in attentions}  # read by the attention, never called
+        layers = {n: m for n, m in modules.items() if isinstance(m, _ConvNd | nn.Linear) and n not in inside}
+        names = {name: n for n, m in modules.items() if n in layers or n in attentions for name in _Place.of(n, m)}
 
         def note(name: str) -> Callable[..., None]:
             return lambda *_: order.append(name)
 
-        hooks = [m.register_forward_hook(note(n)) for n, m in layers.items()]
+        hooks = [m.register_forward_hook(note(n)) for n, m in (layers | attentions).items()]
         with removing(hooks), evaluating(self.model), torch.no_grad():
             call(self.model, self.example)
-        if not order:
+        called = [n for n in order if n in layers]
+        if not called:
             raise ValueError("model: it runs no Conv or Linear layer")
-        for name, patterns in (("targets", self.targets), ("head", self.head or ())):
+        for name, patterns, known in (("targets", self.targets, names), ("head", self.head or (), layers)):
             for pattern in patterns:
-                if not any(fnmatchcase(n, pattern) for n in layers):
+                if not any(fnmatchcase(n, pattern) for n in known):
                     raise ValueError(
-                        f"{name}: {pattern!r} matches no Conv or Linear layer; there are: {list(layers)[:12]}"
+                        f"{name}: {pattern!r} matches no Conv or Linear layer; there are: {list(known)[:12]}"
                     )
-        heads = [order[-1]] if self.head is None else [n for n in layers if any(fnmatchcase(n, p) for p in self.head)]
-        adapted = []
-        for name, layer in layers.items():
-            if name in heads or name not in order or not any(fnmatchcase(name, p) for p in self.targets):
+        heads = [called[-1]] if self.head is None else [n for n in layers if any(fnmatchcase(n, p) for p in self.head)]
+        adapted: dict[str, _Place] = {}
+        for name, owner in names.items():
+            if name in heads or owner not in order or not any(fnmatchcase(name, p) for p in self.targets):
                 continue
+            layer, place = modules[owner], _Place.of(owner, modules[owner])[name]
             if self.kind == "splopa":
-                if not isinstance(layer, nn.Linear):
+                if isinstance(layer, _ConvNd):
                     continue
-                if any(size % b for size, b in zip(layer.weight.shape, self.block, strict=True)):
+                shape = (place.rows, _named(self.model, place.weight).shape[1])
+                if any(size % b for size, b in zip(shape, self.block, strict=True)):
                     raise ValueError(
-                        f"block: {self.block} does not divide {name!r}, a weight of {tuple(layer.weight.shape)}; leave "
-                        "it out with targets=[...] or choose another block"
+                        f"block: {self.block} does not divide {name!r}, a weight of {shape}; leave it out with "
+                        "targets=[...] or choose another block"
                     )
             elif isinstance(layer, _ConvTransposeNd) or (isinstance(layer, _ConvNd) and not _has_centre(layer)):
                 raise ValueError(
                     f"targets: {name!r} is {layer}; an adapter needs a convolution with an odd kernel, equal in all "
                     "dimensions. Leave it out: it stays frozen"
                 )
-            adapted.append(name)
+            adapted[name] = place
         if not adapted and self.targets:
             raise ValueError(f"targets: {list(self.targets)} leaves no layer for kind={self.kind!r}")
         return heads, adapted
 
+    def _slice(self) -> Slicing:
+        """The channels that can go; a network all of whose channels have to stay is adapted and not pruned."""
+        try:
+            return Slicing(self.model, self.example, width=self.kind != "splopa", exclude=self.exclude, stacks=())
+        except NothingToCutError as error:
+            warnings.warn(f"{error}; it is adapted, and stays at density 1", stacklevel=3)
+            return Slicing(self.model, self.example, width=False, exclude=self.exclude, stacks=())
+
     def _rank(self, n_out: int) -> int:
         return int(self.rank) if self.rank >= 1 else max(1, round(self.rank * n_out))
 
+    def _sides(self, place: _Place) -> tuple[int, int]:
+        """Outputs and inputs of what an adapter changes."""
+        return place.rows, _named(self.model, place.weight).shape[1]
+
     def _warn_of_rank(self) -> None:
-        shapes = {n: _named(self.model, f"{n}.weight").shape[:2] for n in self._adapted}
-        high = [n for n, (out, inp) in shapes.items() if self._rank(out) > min(out, inp)]
+        high = [n for n, place in self._adapted.items() if self._rank(place.rows) > min(self._sides(place))]
         if high and self.kind == "splora":
             warnings.warn(
-                f"rank: {self.rank} is above what {', '.join(map(repr, high[:6]))} can use; kind='sppara' or a smaller "
-                "rank would learn fewer numbers there",
+                f"rank: {self.rank:g} is above what {', '.join(map(repr, high[:6]))} can use, which get the highest "
+                "that they can",
                 stacklevel=3,
             )
 
@@ -441,24 +578,24 @@ class PruningAdapters(Dynamic):
             return None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            made = Prototypes(self.prototypes, self.block, self.prototype_rank, self.init_range)
+            rank = min(self.prototype_rank, *self.block)
+            made = Prototypes(self.prototypes, cast("tuple[int, int]", self.block), rank, self.init_range)
         return made.to(device_of(self.model))
 
     def _new_setting(self, task: str, seed: int, classes: int | None = None) -> _Setting:
         adapters: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for name in self._adapted:
-                weight = cast(Tensor, self.model.get_submodule(name).weight)
-                n_out, n_in = weight.shape[:2]
+            for name, place in self._adapted.items():
+                n_out, n_in = self._sides(place)
                 if self.kind == "splora":
-                    rank = self._rank(n_out)
+                    rank = min(self._rank(n_out), n_out, n_in)
                     adapters[name] = SPLoRA(n_out, n_in, rank, self.init_range)
                 elif self.kind == "sppara":
                     adapters[name] = SPPaRA(n_out, n_in, self.init_range)
                 else:
-                    adapters[name] = SPLoPA(n_out, n_in, self.prototypes, self.block)
-                adapters[name].to(weight)
+                    adapters[name] = SPLoPA(n_out, n_in, self.prototypes, cast("tuple[int, int]", self.block))
+                adapters[name].to(_named(self.model, place.weight))
             setting = _Setting(task, self._owned(), adapters)
             if classes is not None:
                 self._new_heads(setting, classes)
@@ -469,9 +606,9 @@ class PruningAdapters(Dynamic):
         found: dict[str, Tensor] = {}
         for name, module in self.model.named_modules():
             norm = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
-            layer = isinstance(module, _ConvNd | nn.Linear)
+            layer = isinstance(module, _ConvNd | nn.Linear | nn.MultiheadAttention)
             for leaf, parameter in module.named_parameters(recurse=False):
-                if norm or name in self._heads or (layer and leaf == "bias"):
+                if norm or name in self._heads or (layer and leaf in ("bias", "in_proj_bias")):
                     found[f"{name}.{leaf}" if name else leaf] = parameter
             for leaf, buffer in module.named_buffers(recurse=False):
                 if norm:
@@ -502,10 +639,16 @@ class PruningAdapters(Dynamic):
             setting.requires_grad_(setting is self._setting())
         return self
 
+    @torch.compiler.disable(reason="compile what extract gives")  # type: ignore[no-untyped-call,untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for the setting in use, computed by the smaller network."""
+        """The model's output for the setting in use, computed by the smaller network.
+
+        Any number of threads may call it at once, as long as none turns the dial or trains. ``torch.compile`` leaves
+        it as it is: compile the network that ``extract`` gives.
+        """
         return self._run(packed(args, kwargs))
 
+    @torch.compiler.disable(reason="compile what extract gives")  # type: ignore[no-untyped-call,untyped-decorator]
     def loss(self, batch: Batch) -> Tensor:
         """The criterion at the setting in use (a scalar)."""
         x, y = split_batch(batch)
@@ -547,15 +690,23 @@ class PruningAdapters(Dynamic):
     def epoch_end(self, validation: Iterable[Batch] | None) -> None:
         """Scores are those of the last whole epoch."""
         if self._sums:
-            self._epoch, self._sums = self._sums, {}
+            self._epoch, self._sums = _over_processes(self._sums), {}
 
     def attach_optimizer(self, optimizer: Optimizer) -> None:
-        """Pruning drops the state that ``optimizer`` holds for tensors which shrink. ``fit`` calls this."""
+        """Pruning drops the state that ``optimizer`` holds for the tensors that it cuts. ``fit`` calls this."""
         self._optimizer = weakref.ref(inner_optimizer(optimizer))
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the optimiser, for ``copy.deepcopy`` and pickle."""
-        return self.__dict__ | {"_optimizer": None, "_sums": {}, "_epoch": {}}
+        return self.__dict__ | {"_optimizer": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """The examples follow where the network changes its precision."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.slicing.example = follow_dtype(self.slicing.example, fn)
+        for setting in self._all():
+            setting.network = None
+        return self
 
     def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """The setting in use; the adapters are decayed as everything else (towards the pretrained weights)."""
@@ -572,7 +723,9 @@ class PruningAdapters(Dynamic):
                 then has an attribute ``layouts`` that tells what was chosen.
         """
         setting = self._setting(self._known(point))
-        plain = self._network(setting).extract(self.model, self._tensors(setting, fused=True))
+        with torch.no_grad():
+            tensors = self._tensors(setting, self._network(setting), fused=True)
+        plain = self._network(setting).extract(self.model, tensors)
         for p in plain.parameters():
             p.requires_grad_(p.is_floating_point())
         for name in self._heads:
@@ -633,9 +786,10 @@ class PruningAdapters(Dynamic):
         Raises:
             RuntimeError: there are no scores yet.
         """
-        share, kind = self.step if step is None else step, score or self.score
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"step: {share} is not in (0, 1]")
+        share = self.step if step is None else check.number("step", step, above=0, at_most=1)
+        kind = self.score if score is None else check.choice("score", score, Score)
+        if not self._units(None)[1]:  # no channel can go
+            return 0
         scores = self.score_layers(data, kind)
         setting = self._setting()
         if keep:
@@ -654,21 +808,23 @@ class PruningAdapters(Dynamic):
             RuntimeError: ``data`` is None and no training step has been made since the last pruning.
             ValueError: an unknown score, no batches, or one that is not finite.
         """
-        kind = score or self.score
-        if kind not in get_args(Score):
-            raise ValueError(f"score: {kind!r}; allowed: {', '.join(map(repr, get_args(Score)))}")
+        kind = self.score if score is None else check.choice("score", score, Score)
         if kind == "weight":
+            pieces: dict[str, Tensor] = {}
             with torch.no_grad():
-                tensors = self._tensors(self._setting(), fused=True)
-            sums = {n: self._weight_sums(n, tensors[f"{n}.weight"].abs()) for n in self._scored()}
+                setting = self._setting()
+                tensors = self._tensors(setting, self._network(setting), fused=True, pieces=pieces)
+            found = {n: pieces[n] if self.kind == "splopa" else tensors[self._written(n)] for n in self._scored()}
+            sums = {n: self._weight_sums(n, weight.abs()) for n, weight in found.items()}
         elif data is not None:
             sums = self._scored_on(data, kind)
         else:
-            sums = self._epoch or self._sums
+            sums = self._epoch or _over_processes(self._sums)
             if not sums or kind != self.score:
                 raise RuntimeError(f"prune: no training step has summed up {kind!r} scores yet; give data=")
         found = {}
         for name, value in sums.items():
+            value = value.abs()
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"score: that of layer {name!r} is not finite")
             size = value.sum() if kind in ("weight", "lrp") else value.norm()
@@ -678,7 +834,7 @@ class PruningAdapters(Dynamic):
     def _scored(self) -> list[str]:
         """The layers whose outputs are scored: those that write the channels of a group, or carry block masks."""
         if self.kind == "splopa":
-            return self._adapted
+            return list(self._adapted)
         return list(dict.fromkeys(name for g in self.slicing.groups for name, _, _ in self._writers(g)))
 
     def _writers(self, group: Group) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -686,9 +842,15 @@ class PruningAdapters(Dynamic):
         for m in group.members:
             module = self.model.get_submodule(m.module) if m.side != "parameter" else None
             depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-            if m.side == "out" and isinstance(module, _ConvNd | nn.Linear) and not depthwise:
+            layer = isinstance(module, _ConvNd | nn.Linear | nn.MultiheadAttention)
+            if m.side == "out" and layer and not depthwise:
                 found.append((m.module, m.positions, m.channels))
         return found
+
+    def _written(self, name: str) -> str:
+        """The weight whose rows are the outputs of a layer."""
+        attention = isinstance(self.model.get_submodule(name), nn.MultiheadAttention)
+        return f"{name}.out_proj.weight" if attention else f"{name}.weight"
 
     def _scored_on(self, data: Iterable[Batch], kind: str) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
@@ -710,14 +872,18 @@ class PruningAdapters(Dynamic):
         return sums
 
     def _add_score(self, sums: dict[str, Tensor], name: str, kind: str, value: Tensor, grad: Tensor) -> None:
+        product = grad if kind == "gradient" else value * grad
+        signed = self.absolute == "reference"
         if self.kind == "splopa":  # the value is the weight W_task
-            part = self._weight_sums(name, grad if kind == "gradient" else value * grad).abs()
+            part = self._weight_sums(name, product)
         else:
-            product = grad if kind == "gradient" else value * grad
             layer = self.model.get_submodule(name)
-            dim = product.dim() - 1 if isinstance(layer, nn.Linear) else product.dim() - len(layer.kernel_size) - 1  # type: ignore[arg-type]
-            part = product.mean([d for d in range(product.dim()) if d != dim]).abs()
-        part = part.detach().double()
+            dim = product.dim() - 1
+            if isinstance(layer, _ConvNd):
+                dim -= len(layer.kernel_size)
+            others = [d for d in range(product.dim()) if d != dim]
+            part = product.abs().sum(others) if kind == "lrp" and signed else product.mean(others)
+        part = (part if signed else part.abs()).detach().double()
         sums[name] = sums[name] + part if name in sums else part
 
     def _weight_sums(self, name: str, weight: Tensor) -> Tensor:
@@ -739,9 +905,9 @@ class PruningAdapters(Dynamic):
         for group in groups.values():
             total, writers = torch.zeros(group.channels, dtype=torch.float64), 0
             for name, positions, channels in self._writers(group):
-                layer = self.model.get_submodule(name)
-                full = torch.zeros(len(cast(Tensor, layer.weight)), dtype=torch.float64)
-                full[_positions(network.cuts.get(f"{name}.weight", {}), 0, len(full))] = scores[name].cpu()
+                weight = self._written(name)
+                full = torch.zeros(len(_named(self.model, weight)), dtype=torch.float64)
+                full[_positions(network.cuts.get(weight, {}), 0, len(full))] = scores[name].cpu()
                 total.index_add_(0, torch.tensor(channels), full[list(positions)])
                 writers += 1
             for unit, score in enumerate(total.view(group.units, -1).mean(1) / writers if writers else ()):
@@ -801,36 +967,38 @@ class PruningAdapters(Dynamic):
         self._reset_scores()
         return self
 
-    def _shrink(self, setting: _Setting, kept: Mapping[str, set[int]]) -> None:
-        """Cut what the setting owns to the channels that are kept."""
+    def _shrink(self, setting: _Setting, kept: Mapping[str, Iterable[int]]) -> None:
+        """Leave the channels that are kept in use, and no others."""
         groups = {g.name: g for g in self.slicing.groups}
-        smaller = {n: tuple(sorted(c)) for n, c in kept.items() if len(c) < groups[n].channels}
+        smaller = {n: tuple(sorted(c)) for n, c in kept.items() if len(set(c)) < groups[n].channels}
         network = self.slicing.build(cast(Any, smaller))  # refuses what cannot be
-        before = self._network(setting)
+        whole = self.slicing.build(cast(Any, setting.stored)).cuts if setting.stored else {}
 
-        def index(name: str, dim: int, size: int) -> Tensor:
-            old = _positions(before.cuts.get(name, {}), dim, size)
+        def index(name: str, dim: int, start: int = 0, size: int | None = None) -> Tensor | None:
+            full = _named(self.model, name).shape[dim]
+            part = range(start, full if size is None else start + size)
+            old = [p for p in _positions(whole.get(name, {}), dim, full) if p in part]
+            new = [p for p in _positions(network.cuts.get(name, {}), dim, full) if p in part]
             place = {p: i for i, p in enumerate(old)}
-            return torch.tensor([place[p] for p in _positions(network.cuts.get(name, {}), dim, size)])
+            return None if old == new else torch.tensor([place[p] for p in new])
 
-        with torch.no_grad():
-            for layer in setting.layers:
-                weight = cast(Tensor, self.model.get_submodule(layer).weight)
-                name = f"{layer}.weight"
-                rows, columns = index(name, 0, weight.shape[0]), index(name, 1, weight.shape[1])
-                cast(_Adapter, setting.adapter(layer)).cut(rows.to(weight.device), columns.to(weight.device))
-            for name, tensor in setting.own().items():
-                value = tensor.data
-                whole = _named(self.model, name)
-                for dim in network.cuts.get(name, {}):
-                    value = value.index_select(dim, index(name, dim, whole.shape[dim]).to(value.device))
-                tensor.data = value.contiguous()
+        found: dict[str, dict[int, Tensor]] = {}
+        for name in setting.names:
+            for dim in network.cuts.get(name, {}):
+                if (at := index(name, dim)) is not None:
+                    found.setdefault(name, {})[dim] = at
+        cuts = {}
+        for layer, place in self._adapted.items():
+            rows = _positions(network.cuts.get(place.weight, {}), 0, len(_named(self.model, place.weight)))
+            out = index(place.weight, 0, place.start, place.rows)
+            cuts[layer] = _Cut(out, index(place.weight, 1), sum(p < place.start for p in rows))
+        setting.kept, setting.network, setting.frozen = smaller, network, None
+        setting.index, setting.cuts = found, cuts
         optimizer = self._optimizer() if self._optimizer is not None else None
         for parameter in setting.parameters():
             parameter.grad = None
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
-        setting.kept, setting.network, setting.frozen = smaller, network, None
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -854,11 +1022,11 @@ class PruningAdapters(Dynamic):
 
     def _point_of(self, setting: _Setting) -> Point:
         kept, total = self._units(setting)
-        return Point(task=setting.task, density=round(kept / total, 4))
+        return Point(task=setting.task, density=round(kept / total, 4) if total else 1.0)
 
     def _copy_of(self, setting: _Setting) -> None:
         """A copy of ``setting`` beside it, in place of an older one of the same density."""
-        copied = copy.deepcopy(setting)
+        copied = setting.compact()
         copied.requires_grad_(False)
         same = [
             i for i, s in enumerate(self._all()) if s is not setting and self._point_of(s) == self._point_of(setting)
@@ -869,62 +1037,89 @@ class PruningAdapters(Dynamic):
             self.settings.append(copied)
 
     def _network(self, setting: _Setting) -> SubNetwork:
+        """The setting's network in evaluation mode; what is run is a copy, see ``_running``."""
         if setting.network is None:
             setting.network = self.slicing.build(cast(Any, setting.kept))
-        if self.training or setting.network.skeleton.training:
-            setting.network.set_mode(self.model, self.training)
+            setting.network.skeleton.eval()
         return setting.network
 
-    def _tensors(self, setting: _Setting, fused: bool) -> dict[str, Tensor]:
-        """Every tensor that the setting's network needs; ``fused``: with the adapters in the weights."""
-        network = self._network(setting)
+    def _running(self, setting: _Setting) -> SubNetwork:
+        """The copy of the setting's network that belongs to this thread, in the present mode."""
+        source, mine = self._network(setting), setting.running
+        if mine.network is None or mine.source is not source:
+            mine.source, mine.network = source, copy.deepcopy(source)
+        if self.training or mine.network.skeleton.training:
+            mine.network.set_mode(self.model, self.training)
+        return mine.network
+
+    def _tensors(
+        self, setting: _Setting, network: SubNetwork, fused: bool, pieces: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Every tensor that the setting's network needs.
+
+        Args:
+            setting: whose.
+            network: its own, or a copy.
+            fused: with the adapters in the weights, also where they could run beside them.
+            pieces: takes the weights that carry block masks, by layer.
+        """
         tensors = setting.own()
         frozen = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        key = (self.training, *((t.data_ptr(), t._version) for n, t in frozen.items() if n not in tensors))
-        if setting.frozen is None or setting.frozen[0] != key:
+        training = network.skeleton.training
+        key = (training, *((t.data_ptr(), t._version) for n, t in frozen.items() if n not in tensors))
+        held = setting.frozen
+        if held is None or held[0] != key:
             with torch.no_grad():
                 views = network.views(self.model)
-            setting.frozen = (key, {n: t.detach() for n, t in views.items() if n not in tensors})
-        tensors |= setting.frozen[1]
+            held = setting.frozen = (key, {n: t.detach() for n, t in views.items() if n not in tensors})
+        tensors |= held[1]
         prototypes = self.blocks() if self.blocks is not None else None
-        for layer in setting.layers:
-            name, adapter = f"{layer}.weight", setting.adapter(layer)
+        for layer, place in self._adapted.items():
+            weight, adapter = tensors[place.weight], setting.adapter(layer)
             if isinstance(adapter, SPLoPA):
                 assert prototypes is not None
-                whole = tensors[name] + adapter.delta(prototypes)
-                tensors[name] = torch.where(adapter.spread(self.block), whole, whole.new_zeros(()))
-            elif fused or getattr(self.model.get_submodule(layer), "groups", 1) > 1:
-                tensors[name] = _add_to_centre(tensors[name], cast(_Adapter, adapter).delta())
+                whole = weight.narrow(0, place.start, place.rows) + adapter.delta(prototypes)
+                changed = torch.where(adapter.spread(cast(Any, self.block)), whole, whole.new_zeros(()))
+                if pieces is not None:
+                    pieces[layer] = changed = changed if changed.requires_grad else changed.clone()
+                start = place.start
+            elif fused or not place.beside:
+                delta, start = setting.delta(layer), setting.cuts.get(layer, _Cut(at=place.start)).at
+                changed = _add_to_centre(weight.narrow(0, start, len(delta)), delta)
+            else:
+                continue
+            if len(changed) < len(weight):
+                changed = torch.cat([weight[:start], changed, weight[start + len(changed) :]])
+            tensors[place.weight] = changed
         return tensors
 
     def _run(self, x: Input, outputs: dict[str, Tensor] | None = None) -> Any:
         """The setting in use; ``outputs`` takes what the scored layers give (SPLoPA: their weights)."""
         setting = self._setting()
-        network = self._network(setting)
+        network = self._running(setting)
         if torch.is_grad_enabled():
-            tensors = self._tensors(setting, fused=not self.training)
+            pieces = outputs if self.kind == "splopa" else None
+            tensors = self._tensors(setting, network, fused=not self.training, pieces=pieces)
         else:
             with torch.inference_mode(False), torch.no_grad():
-                tensors = self._tensors(setting, fused=True)
+                tensors = self._tensors(setting, network, fused=True)
             # As in the extracted network: torch.matmul chooses a kernel by this flag.
             tensors = {n: t.detach().requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
         hooks = []
-        for layer in setting.layers:
-            module, adapter = network.skeleton.get_submodule(layer), setting.adapter(layer)
-            split = self.training and torch.is_grad_enabled() and isinstance(adapter, _Adapter)
-            if split and getattr(module, "groups", 1) == 1:
-                hooks.append(module.register_forward_hook(_adding(cast(_Adapter, adapter).factors())))
-        if outputs is not None:
+        if self.training and torch.is_grad_enabled() and self.kind != "splopa":
+            for layer in [n for n, place in self._adapted.items() if place.beside]:
+                module = network.skeleton.get_submodule(layer)
+                hooks.append(module.register_forward_hook(_adding(setting.factors(layer))))
+        if outputs is not None and self.kind != "splopa":
             for name in self._scored():
-                if self.kind == "splopa":
-                    outputs[name] = tensors[f"{name}.weight"]
-                else:
-                    module = network.skeleton.get_submodule(name)
-                    hooks.append(module.register_forward_hook(_noting(outputs, name)))
+                hooks.append(network.skeleton.get_submodule(name).register_forward_hook(_noting(outputs, name)))
         args = (x,) if isinstance(x, Tensor) else () if isinstance(x, Mapping) else tuple(x)
         kwargs = dict(x) if isinstance(x, Mapping) else {}
-        with removing(hooks):
-            return functional_call(network.skeleton, tensors, args, kwargs, tie_weights=False)
+        with removing(hooks) if hooks else nullcontext():
+            found = functional_call(network.skeleton, tensors, args, kwargs, tie_weights=False)
+        if self.training:
+            setting.update(tensors)
+        return found
 
     # -- what is stored -----------------------------------------------------------------------------------------
 
@@ -945,7 +1140,7 @@ class PruningAdapters(Dynamic):
 
         Masks take one bit a channel; the file is loaded by ``load_task`` of a network with the same base.
         """
-        setting = self._setting(None if point is None else self._known(point))
+        setting = self._setting(None if point is None else self._known(point)).compact()
         tensors = {n: t.detach().contiguous().clone() for n, t in setting.state_dict().items()}
         if self.blocks is not None:
             tensors |= {f"blocks.{n}": t.detach().clone() for n, t in self.blocks.state_dict().items()}
@@ -975,7 +1170,7 @@ class PruningAdapters(Dynamic):
         if meta["base"] != self._base():
             raise ValueError(f"path: {path} was made for another network, kind of adapter or rank than this one's")
         task = name or meta["task"]
-        setting = self._restored(meta | {"task": task})
+        setting = self._restored(meta | {"task": task, "stored": meta["kept"]})
         blocks = {n.removeprefix("blocks."): tensors.pop(n) for n in list(tensors) if n.startswith("blocks.")}
         for key, shape in {k: t.shape for k, t in setting.state_dict().items() if k.endswith(".mask")}.items():
             tensors[key] = unpack_bits(tensors[key], shape)
@@ -998,48 +1193,79 @@ class PruningAdapters(Dynamic):
 
     def _base(self) -> dict[str, Any]:
         """What a task file must have been made for."""
-        shapes = {n: list(_named(self.model, f"{n}.weight").shape) for n in self._adapted}
+        shapes = {n: list(self._sides(place)) for n, place in self._adapted.items()}
         kinds = {"kind": self.kind, "rank": self.rank, "block": list(self.block), "prototypes": self.prototypes}
         return {**kinds, "prototype_rank": self.prototype_rank, "heads": self._heads, "layers": shapes}
 
     def _description(self, setting: _Setting) -> dict[str, Any]:
         groups = {g.name: g for g in self.slicing.groups}
-        masks = {}
-        for name, channels in setting.kept.items():
-            bits = torch.zeros(groups[name].channels, dtype=torch.bool)
-            bits[list(channels)] = True
-            masks[name] = bytes(pack_bits(bits).tolist()).hex()
+
+        def packed_bits(kept: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+            found = {}
+            for name, channels in kept.items():
+                bits = torch.zeros(groups[name].channels, dtype=torch.bool)
+                bits[list(channels)] = True
+                found[name] = bytes(pack_bits(bits).tolist()).hex()
+            return found
+
         own = setting.own()
         heads = {n: len(own[f"{n}.weight"]) for n in self._heads}
-        return {"task": setting.task, "kept": masks, "heads": heads}
+        return {
+            "task": setting.task,
+            "kept": packed_bits(setting.kept),
+            "stored": packed_bits(setting.stored),
+            "heads": heads,
+        }
+
+    def _channels(self, bits: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+        """What ``_description`` packed."""
+        sizes = {g.name: torch.Size([g.channels]) for g in self.slicing.groups}
+        found = {n: torch.tensor(list(bytes.fromhex(code)), dtype=torch.uint8) for n, code in bits.items()}
+        return {n: tuple(unpack_bits(b, sizes[n]).nonzero().flatten().tolist()) for n, b in found.items()}
 
     def _restored(self, description: Mapping[str, Any]) -> _Setting:
+        """A setting as described, with room for its tensors."""
         setting = self._new_setting(description["task"], self.seed)
         for name, classes in description["heads"].items():
             if classes != len(setting.own()[f"{name}.weight"]):
                 self._new_heads(setting, classes)
-        groups = {g.name: g for g in self.slicing.groups}
-        kept = {}
-        for name, code in description["kept"].items():
-            bits = torch.tensor(list(bytes.fromhex(code)), dtype=torch.uint8)
-            kept[name] = set(unpack_bits(bits, torch.Size([groups[name].channels])).nonzero().flatten().tolist())
-        if kept:
-            self._shrink(setting, {n: kept.get(n, set(range(g.channels))) for n, g in groups.items()})
+        if description["stored"]:
+            self._shrink(setting, self._channels(description["stored"]))
+            setting = setting.compact()
+        if description["kept"]:
+            self._shrink(setting, self._channels(description["kept"]))
         setting.requires_grad_(False)
         return setting
 
     def structure(self) -> dict[str, Any]:
-        """The settings: task, masks, size of the head."""
+        """The settings (task, masks, size of the head), and where a training under way stands: rounds and scores."""
         at = self._all().index(self._setting())
-        return {"settings": [self._description(s) for s in self._all()], "at": at, "rounds": self.rounds}
+        scores = {"epoch": self._epoch, "sums": self._sums}
+        return {
+            "settings": [self._description(s) for s in self._all()],
+            "at": at,
+            "rounds": self.rounds,
+            "scores": {k: {n: t.tolist() for n, t in found.items()} for k, found in scores.items()},
+        }
 
     def restructure(self, structure: dict[str, Any]) -> None:
-        """Make those settings, empty."""
-        self.settings = nn.ModuleList([self._restored(d) for d in structure["settings"]])
+        """Make those settings, empty; one that fits already stays, and an optimiser that holds it."""
+        wanted, mine = structure["settings"], self._all()
+        made = []
+        for i, description in enumerate(wanted):
+            same = i < len(mine) and self._description(mine[i]) | {"kept": description["kept"]} == description
+            if same:
+                self._shrink(mine[i], self._channels(description["kept"]))
+            made.append(mine[i] if same else self._restored(description))
+        self.settings = nn.ModuleList(made)
         self.rounds = structure["rounds"]
-        setting = self._all()[structure["at"]]
-        self.point = self._point_of(setting)
-        setting.requires_grad_(True)
+        device = device_of(self.model)
+        scores = {
+            k: {n: torch.tensor(v, dtype=torch.float64, device=device) for n, v in found.items()}
+            for k, found in structure["scores"].items()
+        }
+        self._epoch, self._sums = scores["epoch"], scores["sums"]
+        self.use(self._point_of(self._all()[structure["at"]]))
 
     def extra_repr(self) -> str:
         """The options."""
@@ -1054,14 +1280,25 @@ def _adding(factors: tuple[Tensor, ...]) -> Callable[..., Tensor]:
     return hook
 
 
-def _noting(outputs: dict[str, Tensor], name: str) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _noting(outputs: dict[str, Tensor], name: str) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output  # an attention tells its weights too
         # In front of everything that learns no gradient would come back, but channels are scored there as well.
-        value = output if output.requires_grad or not torch.is_grad_enabled() else output.detach().requires_grad_()
+        value = first if first.requires_grad or not torch.is_grad_enabled() else first.detach().requires_grad_()
         outputs[name] = value
-        return value
+        return (value, *output[1:]) if isinstance(output, tuple) else value
 
     return hook
+
+
+def _over_processes(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over all processes of a training, each of which has seen its own batches."""
+    if not (sums and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return sums
+    together = torch.cat([t.flatten() for t in sums.values()])
+    dist.all_reduce(together)
+    parts = torch.split(together, [t.numel() for t in sums.values()])
+    return {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
 
 
 def _positions(cuts: Cuts, dim: int, size: int) -> list[int]:

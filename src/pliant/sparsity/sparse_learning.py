@@ -77,7 +77,6 @@ from pliant.core.inputs import (
     first_line,
     packed,
     split_batch,
-    suited,
 )
 from pliant.core.masks import global_masks, pack_bits, unpack_bits
 from pliant.core.objective import Criterion, loss
@@ -321,7 +320,7 @@ class SparseLearning(Dynamic):
         plain = copy.deepcopy(self.model).eval()
         if not sparse:
             return plain
-        example = None if self.example is None else suited(self.example, plain)
+        example = self.example
         layouts = compile_sparse(plain, min_sparsity, example)
         plain, tables = compress_embeddings(plain)
         plain.layouts = layouts | tables  # type: ignore[assignment]
