@@ -724,11 +724,19 @@ def test_bad_data_is_refused():
     with pytest.raises(ValueError, match="alpha"):
         conformal_quantile(torch.rand(3), 1.0)
     with pytest.raises(ValueError, match="criterion"):
-        network(criterion=F.cross_entropy).loss((x, y))
+        network(criterion=lambda a, y: a).loss((x, y))
     with pytest.raises(ValueError, match="target_costs"):
         ThresholdExit(net, target_costs=(1.5,))
     with pytest.raises(ValueError, match="rule"):
         ThresholdExit(net, rule="entropy")
+
+
+@pytest.mark.parametrize("phase", ["gate", "im"])
+def test_a_criterion_that_gives_the_mean_is_asked_row_by_row(phase):
+    for weighting in ("exit", "single"):
+        mean = begin(spread(network(criterion=F.cross_entropy, im_weighting=weighting)), phase)
+        each = begin(spread(network(im_weighting=weighting)), phase)
+        torch.testing.assert_close(mean.loss(batches(1)[0]), each.loss(batches(1)[0]))
 
 
 def test_a_criterion_of_ones_own():
