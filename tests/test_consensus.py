@@ -779,3 +779,21 @@ def test_one_text_is_no_sequence_of_names() -> None:
     for name in ("exclude", "blocks"):
         with pytest.raises(TypeError, match=f"{name}: 'head'; allowed: a sequence"):
             gated(**{name: "head"})
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_2_the_gradient_of_the_regulariser_reaches_the_gates_whole(granularity: str) -> None:
+    net = gated(granularity=granularity, lam_polar=3.0, lam_cost=0.0)
+    for head in net.heads:
+        torch.nn.init.normal_(head.second.weight, std=30.0)
+        torch.nn.init.zeros_(head.second.bias)
+    x, _ = batch()
+    net.eval().use(GATED)(x)
+    gates = net._passing.gates
+    for g in gates.values():
+        g.retain_grad()
+    net.regularizer().backward()
+    for g in gates.values():
+        expected = 3.0 * (1 - 2 * g.detach().mean(0)) / (len(x) * len(net.means))
+        torch.testing.assert_close(g.grad, expected.expand_as(g))
+    assert any(0 < float(g.detach().mean()) < 1 for g in gates.values())

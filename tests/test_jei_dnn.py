@@ -4,6 +4,7 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -723,11 +724,19 @@ def test_bad_data_is_refused():
     with pytest.raises(ValueError, match="alpha"):
         conformal_quantile(torch.rand(3), 1.0)
     with pytest.raises(ValueError, match="criterion"):
-        network(criterion=F.cross_entropy).loss((x, y))
+        network(criterion=lambda a, y: a).loss((x, y))
     with pytest.raises(ValueError, match="target_costs"):
         ThresholdExit(net, target_costs=(1.5,))
     with pytest.raises(ValueError, match="rule"):
         ThresholdExit(net, rule="entropy")
+
+
+@pytest.mark.parametrize("phase", ["gate", "im"])
+def test_a_criterion_that_gives_the_mean_is_asked_row_by_row(phase):
+    for weighting in ("exit", "single"):
+        mean = begin(spread(network(criterion=F.cross_entropy, im_weighting=weighting)), phase)
+        each = begin(spread(network(im_weighting=weighting)), phase)
+        torch.testing.assert_close(mean.loss(batches(1)[0]), each.loss(batches(1)[0]))
 
 
 def test_a_criterion_of_ones_own():
@@ -853,3 +862,12 @@ def test_predictions_that_are_not_finite_are_no_validation():
     assert torch.equal(net.best_score, before["best_score"])
     assert torch.equal(net.best_joint, before["best_joint"])
     assert torch.isfinite(net.pos_weights).all()
+
+
+@pytest.mark.parametrize("n", [1, 5, 10, 20, 37])
+def test_the_conformal_level_counts_the_new_sample(n):
+    scores = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    for alpha in (0.05, 0.25, 0.5, 0.75):
+        level = min(math.ceil((n + 1) * (1 - alpha)) / n, 1.0)
+        expected = np.quantile(scores.numpy(), level, method="higher")
+        assert conformal_quantile(scores, alpha) == pytest.approx(float(expected))

@@ -115,7 +115,8 @@ class JEIDNN(Dynamic):
         patience: epochs without a better validation accuracy after which the warm-up of an IM stops.
         phase_batches: batches of a gate phase, then as many of an IM phase.
         compact: "always", "never" or a share of leaving rows; see ``pliant.core.rows``. Answers do not depend on it.
-        criterion: loss for each row, ``(logits (N, C), target (N,)) -> (N,)``; cross entropy by default.
+        criterion: loss ``(logits (N, C), target (N,))`` of each row (N,), or their mean, which is then asked for row by
+            row; cross entropy by default.
 
     Shapes:
         input: whatever the model takes, B rows; output: logits (B, C).
@@ -858,6 +859,8 @@ def _nobody(l: int, hidden: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # n
 def _row_loss(a: Tensor, y: Tensor, criterion: Criterion | None) -> Tensor:
     if criterion is not None:
         found = criterion(a, y)
+        if not found.ndim and len(y) > 1:  # a mean over the batch, as most criteria give it: of each row by itself
+            found = torch.func.vmap(lambda row, target: criterion(row[None], target[None]))(a, y)
         if found.shape != y.shape:
             raise ValueError(f"criterion: gave {tuple(found.shape)}; one loss for each of {len(y)} rows")
         return found
