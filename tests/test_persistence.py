@@ -232,7 +232,7 @@ def test_truncated_and_altered(tmp_path):
     with pytest.raises(ValueError, match=r"factor=0\.25 is not a setting"):
         load(tmp_path / "out", model=Tied())
     seal(tmp_path / "out", lambda c: c.update(structure={"grown": "many"}))
-    with pytest.raises(DamagedError, match="structure, point or aliases"):
+    with pytest.raises(DamagedError, match="no test_persistence:Toy can be built"):
         load(tmp_path / "out", model=Tied())
 
 
@@ -257,7 +257,7 @@ def test_a_pickle_is_never_opened(tmp_path):
 
     digest = hashlib.sha256((tmp_path / "out" / TENSORS).read_bytes()).hexdigest()
     seal(tmp_path / "out", lambda c: c.update(tensors_sha256=digest))
-    with pytest.raises(DamagedError, match="not a readable safetensors file"):
+    with pytest.raises(DamagedError, match="not a safetensors file"):
         load(tmp_path / "out", model=Tied())
     assert not (tmp_path / "exploded").exists()
 

@@ -14,9 +14,9 @@ Five more members have defaults that suit most methods: ``attach_optimizer(optim
 ``parameter_groups`` tells an optimiser what decays, and ``arguments`` / ``structure`` tell ``save`` how to build the
 same network again.
 
-The setting is a state of the network. Several threads may call ``forward`` at one fixed point in evaluation mode; a
-``use`` in one thread while another is inside ``forward`` gives answers of neither setting. Two settings at once take
-two networks (``copy.deepcopy``, or ``extract``).
+The setting is a state of the network. Several threads may call ``forward`` at one fixed point, in evaluation mode and
+without gradients (``torch.no_grad()``); a ``use`` in one thread while another is inside ``forward`` gives answers of
+neither setting. Two settings at once take two networks (``copy.deepcopy``, or ``extract``).
 """
 
 from __future__ import annotations

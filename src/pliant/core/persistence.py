@@ -540,6 +540,8 @@ def _arguments(
             raise DamagedError(f"{where}: holds the argument {name!r}, which {cls.__name__} does not take")
     arguments |= given
     missing = [p.name for p in signature if p.name in names and p.default is p.empty and p.name not in arguments]
+    if "example" in missing:
+        raise DamagedError(f"{where}: its example is missing, which {cls.__name__} is built with and save writes")
     if missing:
         raise ValueError(
             f"{missing[0]}: {cls.__name__} needs it and it is not in the files, since it holds code or data; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,8 +115,10 @@ class SubNetwork:
         # A tensor's place in memory tells that it was moved; inference mode makes tensors of another kind.
         now = (key, torch.is_inference_mode_enabled(), *((id(t), t.data_ptr()) for t in full.values()))
         mount = self._mount
-        if mount.network is None or mount.key != now:
-            mount.put(self, now, self.views(model), replace(), full)
+        if mount.key != now:
+            with mount.lock:  # of several threads one builds, and the others find it built
+                if mount.key != now:
+                    mount.put(self, now, self.views(model), replace(), full)
         if mount.copied:
             with torch.enable_grad():
                 for owner, leaf, name in mount.copied:
@@ -166,7 +169,8 @@ class _Mount:
 
     def __init__(self) -> None:
         self.network: nn.Module | None = None
-        self.key: object = None
+        self.key: object = None  # set at last, when everything else is in place
+        self.lock = threading.Lock()
         self.copied: list[tuple[dict[str, Any], str, str]] = []  # (tensors of a module, name there, full name)
         self.recurrent: list[nn.RNNBase] = []
 
@@ -180,18 +184,20 @@ class _Mount:
     ) -> None:
         """Build the network anew."""
         held = {id(t): t for t in [*of.skeleton.parameters(), *of.skeleton.buffers()]}
-        self.network, self.key, self.copied = _copy_of(of.skeleton, held).eval(), key, []
+        network, copied = _copy_of(of.skeleton, held).eval(), []
         for name, tensor in {**views, **replaced}.items():
             path, _, leaf = name.rpartition(".")
-            tensors = store_of(self.network.get_submodule(path), leaf)
+            tensors = store_of(network.get_submodule(path), leaf)
             tensors[leaf] = tensor
             own_memory = (
                 name in of.cuts and tensor.untyped_storage().data_ptr() != full[name].untyped_storage().data_ptr()
             )
             if own_memory and name not in replaced:
-                self.copied.append((tensors, leaf, name))
-        self.recurrent = _recurrent_in(self.network)
-        _refresh(self.recurrent)
+                copied.append((tensors, leaf, name))
+        recurrent = _recurrent_in(network)
+        _refresh(recurrent)
+        self.network, self.copied, self.recurrent = network, copied, recurrent
+        self.key = key
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Mount:
         return _Mount()

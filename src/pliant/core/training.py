@@ -844,6 +844,9 @@ class _Store:
                     f"checkpoint: {path} holds the optimiser's state of {name}, which net does not have"
                 )
             p = by_name[name]
+            for key, value in state.items():
+                if not _fits(inner, key, value, p):
+                    raise SavedFileError(f"checkpoint: {path} holds {check.show(value)} as the {key} of {name}")
             inner.state[p] = {
                 k: v.to(p.device).clone() if isinstance(v, Tensor) and k != "step" else v for k, v in state.items()
             }
@@ -852,8 +855,30 @@ class _Store:
             own = {names.get(id(p)) for p in group["params"]}
             for theirs in saved["groups"]:
                 if own & set(theirs["names"]):
+                    for key, value in theirs["options"].items():
+                        if not _same_kind(group.get(key), value):
+                            raise SavedFileError(f"checkpoint: {path} holds {check.show(value)} as the option {key}")
                     group.update(theirs["options"])
                     break
+
+
+def _fits(optimizer: Optimizer, key: str, value: Any, p: Tensor) -> bool:
+    """Whether a value can be what one of torch's own optimisers keeps for ``p``; of others everything can."""
+    if not type(optimizer).__module__.startswith("torch.optim") or type(optimizer).__name__ == "LBFGS":
+        return True
+    if isinstance(value, Tensor):
+        whole = value.shape == p.shape or type(optimizer).__name__ == "Adafactor"
+        return whole or (key != "momentum_buffer" and value.numel() == 1)
+    return value is None or (key == "step" and isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _same_kind(own: Any, value: Any) -> bool:
+    """Whether an option of a group can have been ``value`` where it is ``own`` by default."""
+    if isinstance(own, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and (own is None or isinstance(own, bool))
+    if isinstance(own, int | float):
+        return isinstance(value, int | float) and abs(value) < math.inf
+    return own is None or value is None or type(own) is type(value)
 
 
 def _progress(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
