@@ -104,6 +104,9 @@ def compare(
     if not model and (criterion or metric or lower_is_better is not None):
         raise ValueError("--criterion, --metric and their direction are for your own data: give --model and --data")
     subject = job.own_task(model, data, criterion, metric, lower_is_better) if model else tasks.load(task)
+    if limits:
+        for line in job.reach(subject):
+            log_console.print(line, highlight=False)
     with log_console.status("") as status:
 
         def progress(line: str) -> None:
@@ -121,6 +124,9 @@ def compare(
         typer.echo(json.dumps(done.to_dict() | ({"winner": _winner(winner)} if winner else {}), indent=1))
     else:
         _print_table(job.table(done))
+        typer.echo("front: no other row is better at its executed FLOPs (F), at its time (T)")
+        for line in job.recommendation(done):
+            typer.echo(line)
         typer.echo(f"chart: {out / 'frontier.png'}   figures: {out / 'results.json'}   networks: {out / 'networks'}")
     if winner is not None:
         path = job.write_winner(winner, out, subject.example)
@@ -186,6 +192,8 @@ def _budget(texts: list[str]) -> dict[str, float]:
             limits[name] = float(value)
         except ValueError:
             raise ValueError(f"--budget: expected a limit such as flops=3e6, got {text!r}") from None
+        if not 0 < limits[name] < float("inf"):
+            raise ValueError(f"--budget: {text!r}; allowed: a number above 0")
         if name not in COSTS:
             raise ValueError(f"--budget: unknown cost {name!r}; allowed: {', '.join(COSTS)}")
     return limits

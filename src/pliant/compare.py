@@ -15,7 +15,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from torch import Tensor, nn
 
 from pliant import catalog, report
 from pliant._version import __version__
+from pliant.core.cost import count_bytes, count_parameters, flops_per_sample, latency_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point
 from pliant.core.frontier import COSTS, Frontier, Row, evaluate, measure
-from pliant.core.inputs import Input, evaluating, split_batch, take
+from pliant.core.inputs import Input, evaluating, first_line, split_batch, take
 from pliant.core.objective import Criterion, Metric
 from pliant.core.persistence import save
 from pliant.core.training import fit
+from pliant.elastic import SortedNet
 from pliant.recipes import DEFAULT, METHODS, RECIPES, UNSTRUCTURED, Joined, Only, Plain, Setting
 from pliant.tasks import Task
 
@@ -65,6 +69,16 @@ class Result:
             out.append((point, means, statistics.stdev(quality) if len(quality) > 1 else 0.0))
         return out
 
+    def chosen(self) -> Frontier:
+        """What is chosen from: quality on validation, and the times, which were taken once, with the test samples."""
+        times = {r.point: r for r in self.test[-1]}
+        rows = []
+        for row in self.validation[-1]:
+            timed = times.get(row.point, row)
+            taken = {c: getattr(timed, c) for c in ("latency", "latency_low", "latency_high")}
+            rows.append(replace(row, **taken))
+        return replace(self.validation[-1], rows=tuple(rows))
+
     def curve(self, cost: str, colour: str) -> report.Curve:
         """The line in the panel of ``cost``."""
         suffix = " †" if cost == "flops" and self.cost != "flops" else ""
@@ -77,6 +91,7 @@ class Result:
             tuple(scale * s for _, _, s in rows),
             colour,
             self.kind,
+            self.test[0].lower_is_better if self.test else False,
         )
 
 
@@ -108,16 +123,16 @@ class Comparison:
             ValueError: nothing fits, or a cost is unknown.
         """
         fits: list[tuple[float, Result, Point]] = []
-        errors = []
         for result in self.results:
-            try:
-                row = result.validation[-1].best_row(**budget)
-            except ValueError as error:
-                errors.append(error)
-                continue
-            fits.append((result.validation[-1].gain(row.quality), result, row.point))
+            front = result.chosen()
+            with suppress(ValueError):
+                row = front.best_row(**budget)
+                fits.append((front.gain(row.quality), result, row.point))
         if not fits:
-            raise errors[0] if errors else ValueError("budget: nothing was measured yet")
+            if not self.results:
+                raise ValueError("budget: nothing was measured yet")
+            every = replace(self.results[0].chosen(), rows=tuple(r for x in self.results for r in x.chosen()))
+            every.best_row(**budget)  # says what the smallest of all is, or which cost is unknown
         _, result, point = max(fits, key=lambda f: f[0])
         row = next(r for r in result.test[-1] if r.point == point)
         return Winner(result, row, self.networks[result.name])
@@ -324,9 +339,81 @@ def _check_writable(folder: Path) -> None:
         raise OSError(f"out: cannot write to {str(folder)!r}: {error.strerror or error}") from error
 
 
+def reach(task: Task) -> list[str]:
+    """What a budget is up against, told before anything is trained: the full network, and its smallest slice.
+
+    The slice is SortedNet's; methods that route or make zeros may cost less or more.
+    """
+    network = task.model(0)
+    flops, parameters = flops_per_sample(network, task.example).total, count_parameters(network)
+    lines = [f"the full network: flops={flops:g} parameters={parameters} bytes={count_bytes(network)} latency=1"]
+    try:
+        net = SortedNet(task.model(0), task.example, calibration_batches=1, criterion=task.criterion)
+        net.finish(list(islice(iter(task.train), 1)))
+        small = net.extract(net.points()[0])
+    except (ValueError, RuntimeError) as error:
+        return [*lines, f"its smallest slice: not known before training ({first_line(error)})"]
+    x = take(split_batch(next(iter(task.test)))[0], slice(0, 64))
+    ratio = latency_ratio(small, network.eval(), x, repeats=9).median
+    flops, parameters = flops_per_sample(small, task.example).total, count_parameters(small)
+    told = f"flops={flops:g} parameters={parameters} bytes={count_bytes(small)} latency={ratio:.2g}"
+    return [*lines, f"its smallest slice ({net.points()[0]}): {told}"]
+
+
+def recommendation(done: Comparison) -> list[str]:
+    """Which point to take, in words: chosen by quality on validation, with the figures on test beside it.
+
+    The fastest that loses nothing against the baseline, and the fastest that loses at most a hundredth of its quality.
+    """
+    base = next((r for r in done.results if r.kind == "baseline"), None)
+    if base is None:
+        return []
+    start = base.chosen().best_row().quality
+    lines: dict[tuple[str, Point], str] = {}
+    for allowed, words in ((0.0, "without loss on validation"), (0.01, "within one hundredth on validation")):
+        fits = [
+            (row.latency, result, row)
+            for result in done.results
+            for row in result.chosen()
+            if result.chosen().gain(row.quality) >= result.chosen().gain(start) - allowed * abs(start)
+            and row.latency < 1.0
+            and result is not base
+        ]
+        if fits:
+            _, result, row = min(fits, key=lambda f: f[0])
+            test = next(r for r in result.test[-1] if r.point == row.point)
+            lines.setdefault(
+                (result.name, row.point),
+                f"fastest {words}: {result.name} at {short_point(row.point)}, "
+                f"{shown_quality(test.quality, result.metric)} on test at {test.latency:.2f}x the time",
+            )
+        else:
+            lines[words, base.validation[-1].rows[0].point] = f"fastest {words}: the baseline; no point here is faster"
+    return list(lines.values())
+
+
+def _fronts(done: Comparison) -> dict[str, set[tuple[str, Point]]]:
+    """The points (of which result, which) that no other one beats, by executed FLOPs and by time."""
+    found: dict[str, set[tuple[str, Point]]] = {}
+    sign = -1 if done.results[0].test[0].lower_is_better else 1
+    for cost in ("flops", "latency"):
+        points = [(m[cost], -sign * m["quality"], r.name, p) for r in done.results for p, m, _ in r.mean()]
+        best, kept = math.inf, set()
+        for _, loss, name, point in sorted((p for p in points if not math.isnan(p[0])), key=lambda p: p[:2]):
+            if loss < best:
+                best = loss
+                kept.add((name, point))
+        found[cost] = kept
+    return found
+
+
 def table(done: Comparison) -> list[dict[str, str]]:
-    """The printed table: one row for each point, as strings; training time as a ratio to the baseline's."""
+    """The printed table: one row for each point, as strings; training time as a ratio to the baseline's.
+
+    The column "front" marks what no other row beats: F at its executed FLOPs, T at its time.
+    """
     rows = []
+    fronts = _fronts(done)
     unit, metric = statistics.fmean(done.results[0].seconds), done.results[0].metric
     title = "accuracy %" if metric == "accuracy" else metric
     for result in done.results:
@@ -336,6 +423,7 @@ def table(done: Comparison) -> list[dict[str, str]]:
                 {
                     "network": result.name,
                     "trained in": training,
+                    "front": "".join(w for w, c in (("F", "flops"), ("T", "latency")) if (result.name, point) in fronts[c]),
                     "point": short_point(point),
                     title: shown_quality(m["quality"], metric, sign="")
                     + (f" ± {shown_quality(spread, metric, sign='')}" if spread else ""),

@@ -55,6 +55,17 @@ class Curve:
     spread: tuple[float, ...]
     colour: str = COLOURS[0]
     kind: Kind = "method"
+    lower_is_better: bool = False
+
+    def front(self) -> list[int]:
+        """Indices of the points that no cheaper one of the curve equals, from the cheapest: those a line may join."""
+        best, kept = float("-inf"), []
+        for i in sorted(range(len(self.x)), key=lambda i: (self.x[i], self.y[i] if self.lower_is_better else -self.y[i])):
+            gain = -self.y[i] if self.lower_is_better else self.y[i]
+            if gain > best:
+                best = gain
+                kept.append(i)
+        return kept
 
     @classmethod
     def of(cls, frontier: Frontier, cost: str = "flops", **style: Any) -> Curve:
@@ -62,6 +73,7 @@ class Curve:
         rows = sorted(frontier.rows, key=lambda r: (getattr(r, cost), r.quality))
         x = tuple(float(getattr(r, cost)) for r in rows)
         y = tuple(quality_scale(frontier.metric) * r.quality for r in rows)
+        style = {"lower_is_better": frontier.lower_is_better} | style
         return cls(frontier.name, x, y, (0.0,) * len(y), **style)
 
 
@@ -117,12 +129,21 @@ def _panel(axes: Any, curves: Sequence[Curve], xlabel: str, ylabel: str, *, log:
             curve.y,
             yerr=bars,
             color=curve.colour,
-            linewidth=2 if method else 1.2,
-            linestyle="-" if method else "--",
+            linestyle="none",  # measured times scatter: a line through all points would go to and fro
+            elinewidth=1.2,
             marker="*" if curve.kind == "baseline" else "o" if method else "s",
             markersize=14 if curve.kind == "baseline" else 7,
             markerfacecolor=curve.colour if method or curve.kind == "baseline" else "white",
             capsize=2,
+            zorder=3 if method else 2,
+        )
+        front = curve.front()
+        axes.plot(
+            [curve.x[i] for i in front],
+            [curve.y[i] for i in front],
+            color=curve.colour,
+            linewidth=2 if method else 1.2,
+            linestyle="-" if method else "--",
             zorder=3 if method else 2,
         )
     if log:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pliant.core import check
 from pliant.core.cost import Flops, count_bytes, count_flops, count_parameters, latency_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point
 from pliant.core.inputs import Batch, call, device_of, evaluating, split_batch, take, to_device
@@ -153,8 +154,33 @@ class Frontier:
         return chart([Curve.of(self, cost)], path, cost=cost, quality=label)
 
 
+class _Alone(Dynamic):
+    """A plain network as a dynamic one of one point, to be measured."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.point = model, Point(network=type(model).__name__)
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        return self.model(*args, **kwargs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """None: it is measured and not trained."""
+        raise NotImplementedError
+
+    def points(self) -> list[Point]:
+        """The only one."""
+        return [self.point]
+
+    def extract(self, point: Mapping[str, Any]) -> nn.Module:
+        """The model itself."""
+        return self.model
+
+
 def measure(
-    net: Dynamic,
+    net: nn.Module,
     data: Iterable[Batch],
     *,
     points: Sequence[Mapping[str, Any]] | None = None,
@@ -167,7 +193,8 @@ def measure(
     """Quality, FLOPs, parameters, bytes and latency of ``net`` at every point, on every sample of ``data``.
 
     Args:
-        net: the network; the setting it stands at and its training flags are restored afterwards.
+        net: the network; the setting it stands at and its training flags are restored afterwards. A plain module is
+            one point, ``network=`` its class.
         data: batches of (input, target); it is read once for each point.
         points: some of ``net.points()``; all of them by default.
         metric: ``metric(output, targets)``, averaged over batches by their rows, or one that accumulates (``update``,
@@ -180,6 +207,9 @@ def measure(
     Raises:
         ValueError: ``data`` is empty, or no metric was given and what the targets mean is not certain.
     """
+    if not isinstance(net, Dynamic):
+        net = _Alone(check.module("net", net))
+    check.whole("repeats", repeats, at_least=0)
     kind = Quality(metric)
     lower = lower_is_better if lower_is_better is not None else bool(kind.lower_is_better)
     chosen = [net._known(p) for p in points] if points is not None else net.points()
