@@ -52,6 +52,7 @@ import fnmatch
 import itertools
 import math
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -702,6 +703,7 @@ class StitchNet(Dynamic):
         self._outlines = [self._outline(m) for m in range(len(networks))]
         self._cuts: dict[tuple[int, bool], _Cut] = {}
         self._programs: dict[Any, _Program] = {}
+        self._one_at_a_time = threading.RLock()
         with evaluating(self.body):
             self.configurations = self._enumerate()
             self._seams: dict[int, _Seam] = {}
@@ -1315,8 +1317,13 @@ class StitchNet(Dynamic):
         return self._programs[key]
 
     def _run(self, point: Point, x: Input) -> Tensor:
-        out: Tensor = self._execute(self._program(point), point, x)
-        return out
+        # Tracing looks at every module that runs meanwhile, and statistics take the places of the body's own for one
+        # run; other threads wait for both.
+        with self._one_at_a_time:
+            program = self._program(point)
+            if program.norms:
+                return self._execute(program, point, x)  # type: ignore[no-any-return]
+        return self._execute(program, point, x)  # type: ignore[no-any-return]
 
     def _execute(self, program: _Program, point: Point, x: Input) -> Any:
         args, kwargs = _unpacked(x)
@@ -1347,11 +1354,12 @@ class StitchNet(Dynamic):
         return {p: dict(self._costs[int(p["stitch"])]) for p in self._points}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the traced graphs and generated code, which are made again when they are needed."""
-        return {**self.__dict__, "_cuts": {}, "_programs": {}}
+        """Without the traced graphs and generated code, which are made again when they are needed, and the lock."""
+        return {k: v for k, v in self.__dict__.items() if k != "_one_at_a_time"} | {"_cuts": {}, "_programs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._one_at_a_time = threading.RLock()
         self._norm_names = {id(self.body.get_submodule(name)): name for name in self.norms.columns}
 
     def extra_repr(self) -> str:

@@ -1,0 +1,125 @@
+"""What all five elastic networks owe alike: compiled, in threads, in other dtypes, after an error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pliant.core.dynamic import Dynamic, Point
+from pliant.elastic.bignas import BigNAS
+from pliant.elastic.proard import ProARD
+from pliant.elastic.self_expanding import SelfExpanding
+from pliant.elastic.sortednet import SortedNet
+from pliant.elastic.stitching import StitchNet
+from pliant.tasks.images import SmallResNet
+
+X = torch.rand(16, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(0, 4, (16,), generator=torch.Generator().manual_seed(2))
+DATA = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+
+
+def _resnet(widths: tuple[int, ...] = (8, 16), blocks: int = 2) -> SmallResNet:
+    torch.manual_seed(0)
+    model = SmallResNet(1, 4, widths, blocks)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # nothing is hidden by ones and zeros
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+            nn.init.normal_(module.running_mean, 0.0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def _sortednet(**options: Any) -> SortedNet:
+    return SortedNet(_resnet(), X[:2], **{"width": (0.5, 1.0), "depth": (0.5, 1.0), "accumulate": 2, **options})
+
+
+def _bignas(**options: Any) -> BigNAS:
+    return BigNAS(_resnet(), X[:2], **{"resolution": (8, 12), "offer": 3, **options})
+
+
+def _proard(**options: Any) -> ProARD:
+    given = {"kernel": (1, 3), "divisor": 2, "attack_steps": 1, "offer": 3, "calibration_batch": 8}
+    return ProARD(_resnet(), X[:2], **{**given, **options})
+
+
+def _stitchnet(**options: Any) -> StitchNet:
+    return StitchNet([_resnet((4, 8)), _resnet((8, 16))], X[:2], **options)
+
+
+def _self_expanding(**options: Any) -> SelfExpanding:
+    given = {"proposals": 2, "proposal_steps": 1, "tau": 0.0, "alpha": -1.0, "score_samples": 16}
+    return SelfExpanding(_resnet(), X[:2], **{**given, **options})
+
+
+MAKE: dict[str, Callable[..., Any]] = {
+    "SortedNet": _sortednet,
+    "BigNAS": _bignas,
+    "ProARD": _proard,
+    "StitchNet": _stitchnet,
+    "SelfExpanding": _self_expanding,
+}
+all_five = pytest.mark.parametrize("name", list(MAKE))
+
+
+def _ready(name: str) -> Dynamic:
+    """A network all of whose points differ and answer."""
+    net: Dynamic = MAKE[name]()
+    if isinstance(net, StitchNet):
+        net.initialize(DATA, images=16, ridge=1e-3)
+    elif isinstance(net, SelfExpanding):
+        for _ in range(2):
+            assert net.maybe_expand(DATA) is not None
+            with torch.no_grad():
+                for p in net.model.parameters():
+                    p += 0.05 * torch.randn_like(p)
+    else:
+        net.finish(DATA)
+    return net.eval()
+
+
+# -- compiled ---------------------------------------------------------------------------------------------------------
+
+
+@all_five
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_networks_answer_as_they_do_uncompiled_at_every_point(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    net = _ready(name)
+    compiled = torch.compile(net, backend=backend)
+    for points in (net.points(), net.points()[::-1]):  # each again, after others were in use
+        for point in points:
+            with torch.no_grad():
+                expected = net.use(point)(X)
+                torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-5)
+    different = [net.use(p)(X) for p in net.points()]
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(different, different[1:], strict=False))
+    torch._dynamo.reset()
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+@all_five
+def test_threads_answer_alike_at_a_point(name: str) -> None:
+    net = _ready(name)
+    inputs = [torch.rand(4, 1, 12, 12) for _ in range(4)]
+    for point in net.points()[:: max(1, len(net.points()) // 6)]:
+        net.use(point)
+        for grad in (False, True):
+
+            def answer(x: Tensor, grad: bool = grad) -> Tensor:
+                with torch.set_grad_enabled(grad):
+                    return net(x).detach()
+
+            alone = [answer(x) for x in inputs]
+            with ThreadPoolExecutor(4) as pool:
+                for _ in range(8):
+                    for found, expected in zip(pool.map(answer, inputs), alone, strict=True):
+                        assert torch.equal(found, expected), point
