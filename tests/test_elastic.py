@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant.core.dynamic import Dynamic, Point
+from pliant.core.dynamic import Dynamic
+from pliant.core.training import fit
 from pliant.elastic.bignas import BigNAS
 from pliant.elastic.proard import ProARD
 from pliant.elastic.self_expanding import SelfExpanding
@@ -88,12 +90,13 @@ def _ready(name: str) -> Dynamic:
 
 
 @all_five
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_networks_answer_as_they_do_uncompiled_at_every_point(name: str, backend: str) -> None:
     torch._dynamo.reset()
     net = _ready(name)
     compiled = torch.compile(net, backend=backend)
-    for points in (net.points(), net.points()[::-1]):  # each again, after others were in use
+    chosen = net.points() if backend == "aot_eager" else [net.points()[0], net.points()[-1]]
+    for points in (chosen, chosen[::-1]):  # each again, after others were in use
         for point in points:
             with torch.no_grad():
                 expected = net.use(point)(X)
@@ -123,3 +126,79 @@ def test_threads_answer_alike_at_a_point(name: str) -> None:
                 for _ in range(8):
                     for found, expected in zip(pool.map(answer, inputs), alone, strict=True):
                         assert torch.equal(found, expected), point
+
+
+# -- resumed ----------------------------------------------------------------------------------------------------------
+
+
+def _teacher() -> nn.Module:
+    return _resnet((8, 16)).eval()
+
+
+def _growing(**options: Any) -> SelfExpanding:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 4), nn.SiLU(), nn.Linear(4, 3), nn.SiLU(), nn.Linear(3, 4))
+    given = {"proposals": 2, "proposal_steps": 1, "tau": 0.0, "alpha": -1.0}
+    return SelfExpanding(model, X[:2], **{**given, **options})
+
+
+RUNS: dict[str, Callable[[], Any]] = {
+    "SortedNet": _sortednet,
+    "SortedNet sum": lambda: _sortednet(mode="sum", width=(1.0,)),
+    "SortedNet switchable replay": lambda: _sortednet(norm_stats="switchable", replay=True),
+    "BigNAS": _bignas,
+    "ProARD": _proard,
+    "ProARD live": lambda: _proard(teacher="live", objective="adaad"),
+    "StitchNet": lambda: _stitchnet(teacher=_teacher()).initialize(X, ridge=1e-3),
+    "SelfExpanding": lambda: _growing(score_samples=12),
+    "SelfExpanding leaky": lambda: _growing(
+        rule="secnn", score="diag", cooldown=0, activation="leaky", actions=("layers",), capacity={"layers": 2}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_run_resumed_at_any_step_is_the_unbroken_one(name: str, optimizer: str, tmp_path: Path) -> None:
+    made: list[torch.optim.Optimizer] = []
+    train = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 12, 4)]
+    steps = 6
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        kinds = {
+            "sgd": lambda: torch.optim.SGD(groups, lr=0.05, momentum=0.9),
+            "adam": lambda: torch.optim.Adam(groups, lr=0.01),
+        }
+        made.append(kinds[optimizer]())
+        return made[-1]
+
+    def run(folder: Path, on_step: Any = None) -> tuple[Any, ...]:
+        net = RUNS[name]()
+        history = fit(
+            net, train, epochs=2, optimizer=make, checkpoint=folder, checkpoint_every=1, progress=False, on_step=on_step
+        )
+        order = [n for g in made[-1].param_groups for p in g["params"] for n, q in net.named_parameters() if q is p]
+        state = [made[-1].state[p] for g in made[-1].param_groups for p in g["params"]]
+        log = net.history if isinstance(net, SelfExpanding) else []
+        return net, history, dict(zip(order, state, strict=True)), log
+
+    def keep(step: int, *_: Any) -> None:
+        if step > 1:
+            shutil.copytree(tmp_path / "whole", tmp_path / str(step - 1))
+
+    whole, history, state, log = run(tmp_path / "whole", keep)
+    assert history.steps == steps
+    if isinstance(whole, SelfExpanding):
+        assert len(whole.stages) >= 2
+    for step in range(1, steps):
+        again, resumed, its_state, its_log = run(tmp_path / str(step))
+        assert resumed.resumed_from == step
+        assert resumed.losses == history.losses
+        assert its_log == log
+        assert list(again.state_dict()) == list(whole.state_dict())
+        for key, value in whole.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), (step, key)
+        assert set(its_state) == set(state)
+        for key, entries in state.items():
+            for entry, value in entries.items():
+                assert torch.equal(torch.as_tensor(its_state[key][entry]), torch.as_tensor(value)), (step, key, entry)

@@ -265,9 +265,9 @@ class SelfExpanding(Dynamic):
     def loss(self, batch: Batch) -> Tensor:
         """The criterion of the live network on one batch (a scalar), whatever stage is in use."""
         x, y = split_batch(batch)
+        value = loss(call(self.model, x), y, self._criterion)
         if self.training and self.score_data is None:
             self._remember(x, y)
-        value = loss(call(self.model, x), y, self._criterion)
         return value.mean() if value.ndim else value
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
@@ -315,12 +315,16 @@ class SelfExpanding(Dynamic):
         return self
 
     def structure(self) -> dict[str, Any]:
-        """The expansions made, the log, and the slopes of LeakyReLUs."""
+        """The expansions made, the log, the slopes of LeakyReLUs, and in training the samples for the next check."""
         networks = [*self.stages, self.model]
         slopes = [
             {n: m.negative_slope for n, m in net.named_modules() if isinstance(m, nn.LeakyReLU)} for net in networks
         ]
-        return {"ops": copy.deepcopy(self.ops), "history": copy.deepcopy(self.history), "slopes": slopes}
+        samples = [[x, y] for x, y in self._recent] if self.training else []
+        return {
+            "ops": copy.deepcopy(self.ops), "history": copy.deepcopy(self.history), "slopes": slopes,
+            "samples": samples,
+        }  # fmt: skip
 
     def restructure(self, structure: dict[str, Any]) -> None:
         """Make the same expansions again, without their weights.
@@ -341,6 +345,7 @@ class SelfExpanding(Dynamic):
                 join_groups(optimizer, fresh)
             self.ops.append(copy.deepcopy(op))
         self.history = copy.deepcopy(structure["history"])
+        self._recent = [(x, y) for x, y in structure.get("samples", [])]
         for network, slopes in zip([*self.stages, self.model], structure["slopes"], strict=True):
             for name, slope in slopes.items():
                 cast(nn.LeakyReLU, network.get_submodule(name)).negative_slope = float(slope)
@@ -446,6 +451,17 @@ class SelfExpanding(Dynamic):
             raise RuntimeError("growth in several processes is not supported: train in one, or use a stage as it is")
         known = self._known_optimizer(optimizer)
         batch = self._score_batch(data)
+        recent, clock, slopes = self._recent, self.clock.clone(), [a.negative_slope for a in self._leaky()]
+        try:
+            return self._maybe(batch, known)
+        except BaseException:  # the next call asks the same question again
+            self._recent = recent
+            self.clock.copy_(clock)
+            for act, slope in zip(self._leaky(), slopes, strict=False):
+                act.negative_slope = slope
+            raise
+
+    def _maybe(self, batch: tuple[Input, Any], known: Optimizer | None) -> Expansion | None:
         self._recent = []
         self.clock[0] += 1
         calls, last = int(self.clock[0]), int(self.clock[1])
@@ -868,10 +884,13 @@ class SelfExpanding(Dynamic):
     def _decay_slopes(self) -> None:
         """LeakyReLUs of added layers go from slope 1 to ``slope`` in equal steps, one at each check."""
         step = (1 - self.slope) / max(self.cooldown, 1)
-        for unit in self._added_units:
-            act = unit._modules.get("act")
-            if isinstance(act, nn.LeakyReLU):
-                act.negative_slope = max(self.slope, act.negative_slope - step)
+        for act in self._leaky():
+            act.negative_slope = max(self.slope, act.negative_slope - step)
+
+    def _leaky(self) -> list[nn.LeakyReLU]:
+        """The LeakyReLUs of added layers."""
+        acts = (unit._modules.get("act") for unit in self._added_units)
+        return [act for act in acts if isinstance(act, nn.LeakyReLU)]
 
     def extra_repr(self) -> str:
         """The rule, the score, the stages."""
