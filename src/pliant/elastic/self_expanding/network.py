@@ -45,6 +45,7 @@ from pliant.elastic.self_expanding.scores import (
     check_number,
     check_one_of,
     check_whole,
+    counted_rows,
     criterion_of,
     diag_score,
     geometry_of,
@@ -512,7 +513,7 @@ class SelfExpanding(Dynamic):
         x, y = _joined([x for x, _ in parts]), _joined([y for _, y in parts])
         kept = slice(-self.score_samples, None) if source is None else slice(0, self.score_samples)
         device = device_of(self.model)
-        return to_device(take(x, kept), device), to_device(take(y, kept), device)
+        return counted_rows(to_device(take(x, kept), device), to_device(take(y, kept), device))
 
     def _remember(self, x: Input, y: Any) -> None:
         self._recent.append((x, y))

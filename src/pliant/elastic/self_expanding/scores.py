@@ -20,6 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from pliant.core.inputs import (
+    IGNORED,
     Batch,
     Input,
     call,
@@ -29,6 +30,7 @@ from pliant.core.inputs import (
     removing,
     rows_of,
     split_batch,
+    take,
 )
 from pliant.core.objective import Criterion, cross_entropy
 
@@ -176,7 +178,13 @@ def _outer_gradient(criterion: Criterion, output: Tensor, target: Any) -> Tensor
     Raises:
         ValueError: the criterion has no loss for each sample, or it is not finite.
     """
-    out = output.detach().requires_grad_()
+    half = output.dtype in (torch.float16, torch.bfloat16)
+    out = (output.detach().float() if half else output.detach()).requires_grad_()
+    return _row_gradients(criterion, out, target).to(output.dtype)
+
+
+def _row_gradients(criterion: Criterion, out: Tensor, target: Any) -> Tensor:
+    """``_outer_gradient`` for an output that is a leaf."""
     with torch.enable_grad():
         whole = criterion(out, target)
         if not isinstance(whole, Tensor) or whole.ndim > 1 or (whole.ndim == 1 and len(whole) != len(out)):
@@ -189,11 +197,12 @@ def _outer_gradient(criterion: Criterion, output: Tensor, target: Any) -> Tensor
             (found,) = torch.autograd.grad(whole.sum(), out)
             return finite(found, "the gradient of the loss")
 
-        soft = criterion is cross_entropy and isinstance(target, Tensor) and target.is_floating_point()
-        one = F.cross_entropy if soft else criterion  # that such targets are probabilities was seen on all of them
+        if criterion is cross_entropy:  # a mean over what counts, in which no row sees another
+            (found,) = torch.autograd.grad(whole, out)
+            return finite(found * len(out), "the gradient of the loss")
 
         def single(o: Tensor, t: Any) -> tuple[Tensor, Tensor]:
-            value = one(o[None], map_tensors(t, lambda v: v[None])).sum()
+            value = criterion(o[None], map_tensors(t, lambda v: v[None])).sum()
             return value, value
 
         try:
@@ -263,6 +272,22 @@ def sample_rows(model: nn.Module, x: Input, criterion: Criterion, y: Any, metric
                 ) from error
     rows = torch.cat([v.reshape(len(outer), -1) for v in found.values()], 1)
     return finite(rows.detach(), "a sample's gradient"), None
+
+
+def counted_rows(x: Input, y: Any) -> tuple[Any, Any]:
+    """The batch without the samples whose targets are all ignored (-100): they have no loss.
+
+    Raises:
+        ValueError: no sample is left.
+    """
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.ndim == 0 or len(y) != rows_of(x):
+        return x, y
+    counted = (y != IGNORED).reshape(len(y), -1).any(1)
+    if bool(counted.all()):
+        return x, y
+    if not bool(counted.any()):
+        raise ValueError("data: every target of the samples to score is -100, which does not count")
+    return take(x, counted), y[counted]
 
 
 @contextmanager
@@ -518,7 +543,7 @@ def natural_expansion_score(
     chosen = {"exact": 1e-3, "diag": 1e-5, "kfac": 0.1}[fisher] if damping is None else damping
     check_number("damping", chosen, least=0.0)
     chosen_criterion = criterion_of(criterion)
-    x, y = split_batch(batch)
+    x, y = counted_rows(*split_batch(batch))
     with keeping_random_state():
         if fisher == "kfac":
             seen = observe(model, x, y, chosen_criterion, metric=metric)
