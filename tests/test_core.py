@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pliant
+from cases import CASES
 from pliant import catalog
 from pliant.compare import Plain
 from pliant.core import cost
@@ -293,3 +294,48 @@ def test_plain_is_an_ordinary_network() -> None:
     net = Plain(nn.Linear(3, 2), torch.randn(2, 3))
     x = torch.randn(4, 3)
     assert torch.equal(net.extract(net.point)(x), net(x))
+
+
+def test_tools_of_transformers_find_what_they_ask_of_a_model(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    [case] = [c for c in CASES if c.slug == "duo-llm"]
+    net = case.build()
+    assert net.config is net.model.config
+    assert net.main_input_name == "input_ids"
+    with pytest.raises(AttributeError, match=r"extract\(point\)\.save_pretrained"):
+        net.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="nonsense"):
+        net.nonsense  # noqa: B018 - the error is what is asked for
+
+    class Trainer(transformers.Trainer):  # type: ignore[misc, name-defined]
+        def compute_loss(self, model: Any, inputs: Any, **_: Any) -> Tensor:
+            return model.loss(inputs)  # type: ignore[no-any-return]
+
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    options = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, use_cpu=True, report_to=[],
+        remove_unused_columns=False, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    row = {"input_ids": torch.arange(1, 9), "labels": torch.arange(1, 9)}
+    Trainer(model=net, args=options, train_dataset=[row] * 8).train()
+    assert any(not torch.equal(before[n], p) for n, p in net.named_parameters())
+
+
+def test_the_example_goes_where_the_weights_go() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, input: Tensor, kind: Tensor) -> Tensor:
+            found: Tensor = self.head(torch.relu(self.hidden(input) + kind[:, None]))
+            return found
+
+    net = SortedNet(Net(), {"input": torch.randn(2, 3), "kind": torch.zeros(2, dtype=torch.long)})
+    net.double()
+    assert net.example["input"].dtype is torch.float64
+    assert net.example["kind"].dtype is torch.long
+    net.to(torch.bfloat16)
+    assert net.example["input"].dtype is torch.bfloat16
+    net.to("meta")  # has no values, and an example without values is of no use
+    assert net.example["input"].device.type == "cpu"

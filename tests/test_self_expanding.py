@@ -1032,7 +1032,7 @@ class Fixed(nn.Module):
 
 
 def test_bad_models():
-    with pytest.raises(TypeError, match=r"model: expected an nn\.Module"):
+    with pytest.raises(TypeError, match=r"an nn.Module"):
         SelfExpanding(3, torch.randn(2, 4))
     with pytest.raises(ValueError, match="no hidden channels that can be widened"):
         SelfExpanding(nn.Sequential(nn.Linear(4, 2)), torch.randn(2, 4))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -257,13 +258,16 @@ def test_progress_and_quiet(capsys):
         ({"epochs": 1, "lr": -1.0}, r"lr: -1\.0"),
         ({"epochs": 1, "lr": math.nan}, "lr: nan"),
         ({"epochs": 1, "clip": 0.0}, r"clip: 0\.0"),
-        ({"epochs": 1, "lr_schedule": "linear"}, "unknown 'linear'; allowed: onecycle, cosine, constant"),
+        ({"epochs": 1, "lr_schedule": "linear"}, "lr_schedule: 'linear'; allowed: 'onecycle', 'cosine', 'constant'"),
         ({"epochs": 1, "checkpoint_every": 0}, "checkpoint_every: 0"),
+        ({"epochs": 1, "seed": 1.5}, r"seed: 1\.5"),
+        ({"epochs": 1, "weight_decay": -1}, "weight_decay: -1"),
+        ({"epochs": 1, "resume": "yes"}, "resume: 'yes'"),
         ({"epochs": 1, "optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)}, "no parameter of net"),
     ],
 )
 def test_arguments(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         fit(make(), batches(), progress=False, **kwargs)
 
 
@@ -276,7 +280,7 @@ def test_empty_frozen_foreign_and_wrong_labels():
         fit(make(), iter([]), steps=1, progress=False)
     with pytest.raises(TypeError, match="expected batches"):
         fit(make(), 3, epochs=1)
-    with pytest.raises(TypeError, match="expected a pliant network"):
+    with pytest.raises(TypeError, match="net: a Linear; allowed: a pliant network"):
         fit(nn.Linear(2, 2), batches(), epochs=1)
     with pytest.raises(ValueError, match="no trainable parameter"):
         fit(make().requires_grad_(False), batches(), epochs=1)
@@ -447,10 +451,88 @@ def test_a_damaged_checkpoint_falls_back_with_a_warning_and_two_are_an_error(tmp
         history = fit(net, loader(), epochs=3, progress=False, checkpoint=tmp_path, checkpoint_every=2)
     assert history.resumed_from == int(older.name[5:])
     assert same(net, whole)
-    for p in tmp_path.iterdir():
+    for p in tmp_path.glob("step-*"):
         (p / "config.json").write_text("{")
-    with pytest.warns(UserWarning, match="not readable"), pytest.raises(SavedFileError, match=r"none in .* is intact"):
+    with pytest.warns(UserWarning, match="set aside"), pytest.raises(SavedFileError, match=r"none in .* is intact"):
         fit(make(), loader(), epochs=3, progress=False, checkpoint=tmp_path, checkpoint_every=2)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no config", "no tensors", "short tensors"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_goes_on_past_a_damaged_checkpoint_which_is_set_aside(tmp_path, damage, resume):
+    whole = make()
+    fit(whole, loader(), epochs=3, progress=False)
+    interrupted(tmp_path, 8, epochs=3, checkpoint_every=2)
+    newest = max(tmp_path.iterdir())
+    config, tensors = newest / "config.json", newest / "model.safetensors"
+    before = config.read_bytes(), tensors.read_bytes()
+    if damage in ("truncated", "empty"):
+        config.write_bytes(before[0][: 40 if damage == "truncated" else 0])
+    elif damage == "short tensors":
+        tensors.write_bytes(before[1][:-9])
+    else:
+        (config if damage == "no config" else tensors).unlink()
+    left = {p.name: p.read_bytes() for p in newest.iterdir()}
+    net = make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(net, loader(), epochs=3, progress=False, checkpoint=tmp_path, checkpoint_every=2, resume=resume)
+    assert same(net, whole)
+    if resume or damage not in ("no tensors", "short tensors"):
+        assert "set aside" in str(caught[0].message)
+        [aside] = tmp_path.glob(f"damaged-{newest.name}-*")
+        assert {p.name: p.read_bytes() for p in aside.iterdir()} == left
+
+
+@pytest.mark.parametrize(
+    "files", [("model.ckpt",), ("config.json",), ("config.json", "model.safetensors", "README.md")]
+)
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_another_tool_wrote_under_a_checkpoint_s_name_is_never_touched(tmp_path, files, resume, own):
+    if own:
+        interrupted(tmp_path, 8, epochs=3, checkpoint_every=2)
+    foreign = tmp_path / "step-00001000"
+    foreign.mkdir()
+    for name in files:
+        (foreign / name).write_text('{"model_type": "llama"}')
+    before = {p.name for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"checkpoint: .*step-00001000 was not written by pliant"):
+        fit(make(), loader(), epochs=3, progress=False, checkpoint=tmp_path, checkpoint_every=2, resume=resume)
+    assert {p.name for p in tmp_path.iterdir()} == before
+    assert {p.name for p in foreign.iterdir()} == set(files)
+
+
+def test_an_error_gives_the_network_back_with_its_modes_and_setting(monkeypatch):
+    net = make().train()
+    net.layers[1].eval()
+    before = [m.training for m in net.modules()]
+
+    def fails(step, total, loss):
+        if step == 2:
+            net.eval()
+            raise RuntimeError("a callback of the user's")
+
+    with pytest.raises(RuntimeError, match="a callback"):
+        fit(net, batches(), epochs=1, progress=False, on_step=fails)
+    assert [m.training for m in net.modules()] == before
+    assert all(p.grad is None for p in net.parameters())
+    assert net.point in net.points()
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_no_success(tmp_path):
+    options = {"lr": 1e38, "weight_decay": 100.0, "lr_schedule": "constant"}
+    for folder in (None, tmp_path):
+        with pytest.raises(DivergedError, match=r"step 1: the weight .* is not finite") as caught:
+            fit(make(), batches(1), epochs=1, progress=False, checkpoint=folder, **options)
+        assert caught.value.step == 1
+
+
+def test_the_cure_for_inputs_of_nan_is_no_smaller_rate():
+    data = batches()
+    data[1][0][2, 3] = math.nan
+    with pytest.raises(DivergedError, match=r"step 2: .* The inputs of this batch hold NaN: repair the data"):
+        fit(make(), data, epochs=1, progress=False)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])

@@ -13,19 +13,24 @@ Five more members have defaults that suit most methods: ``attach_optimizer(optim
 ``finish(train)`` are called by ``fit`` (before the first step, after every epoch, and once after the last step),
 ``parameter_groups`` tells an optimiser what decays, and ``arguments`` / ``structure`` tell ``save`` how to build the
 same network again.
+
+The setting is a state of the network. Several threads may call ``forward`` at one fixed point in evaluation mode; a
+``use`` in one thread while another is inside ``forward`` gives answers of neither setting. Two settings at once take
+two networks (``copy.deepcopy``, or ``extract``).
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pliant.core.inputs import Batch
+from pliant.core.inputs import Batch, map_tensors
 
 Value = int | float | str
 
@@ -171,7 +176,7 @@ class Dynamic(nn.Module, ABC):
         ``load`` takes them again from the caller.
         """
         names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        found = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        found = {name: getattr(self, name) for name in names if name in vars(self) or hasattr(type(self), name)}
         return {name: _plain(value) for name, value in found.items() if _is_plain(value)}
 
     def structure(self) -> dict[str, Any]:
@@ -181,6 +186,41 @@ class Dynamic(nn.Module, ABC):
     def restructure(self, structure: dict[str, Any]) -> None:
         """Make a fresh network ready for the tensors of one whose ``structure()`` is given."""
 
+    # -- a module among others ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``to``, ``double``, ``cuda``: the example, on which networks are traced, goes where the weights go."""
+        before = _first_float(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = _first_float(self)
+        example = vars(self).get("example")
+        if example is not None and before is not None and after is not None and after.device.type != "meta":
+
+            def move(t: Tensor) -> Tensor:
+                kind = after.dtype if t.dtype == before.dtype else t.dtype
+                return t.to(after.device if t.device == before.device else t.device, kind)
+
+            self.example = map_tensors(example, move)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What a wrapped model of transformers tells about itself (``config``, ``main_input_name``), as its tools ask.
+
+        Its verbs that would run or save the whole model beside the setting are not passed on.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if not hasattr(type(model), "config_class") or name.startswith("__"):
+                raise
+            if name in _ITS_OWN:
+                raise AttributeError(
+                    f"{type(self).__name__} has no {name!r}: its model's own would leave the setting out; "
+                    f"extract(point).{name} is that of a plain network"
+                ) from None
+            return getattr(model, name)
+
     def _known(self, point: Mapping[str, Value]) -> Point:
         """``point`` as one of ``points()``, or a clear error."""
         wanted = point if isinstance(point, Point) else Point(**point)
@@ -189,6 +229,15 @@ class Dynamic(nn.Module, ABC):
             return known[known.index(wanted)]
         shown = ", ".join(str(p) for p in known[:12]) + (f", ... ({len(known)} in all)" if len(known) > 12 else "")
         raise ValueError(f"point: {wanted} is not a setting of {type(self).__name__}; it has: {shown}")
+
+
+_ITS_OWN = frozenset({"generate", "save_pretrained", "push_to_hub", "from_pretrained"})
+
+
+def _first_float(module: nn.Module) -> Tensor | None:
+    """The first parameter or buffer of floating point, None where there is none."""
+    tensors = (t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point())
+    return next((torch.empty(0, dtype=t.dtype, device=t.device) for t in tensors), None)
 
 
 def inner_optimizer(optimizer: Any) -> Optimizer:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from pliant.core import check
+
 Input = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 Batch = tuple[Any, Any] | Sequence[Any] | Mapping[str, Any]
 IGNORED = -100  # a target that does not count, as in transformers
@@ -233,6 +235,18 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+_EXAMPLES = "a tensor, or a tuple or a mapping of tensors: what the model's forward takes"
+
+
+def _values(example: Any) -> Iterable[Any]:
+    return example.values() if isinstance(example, Mapping) else example
+
+
+def _is_input(value: Any) -> bool:
+    """Whether a part of an example is a tensor, or a plain value beside the tensors."""
+    return value is None or isinstance(value, Tensor | bool | int | float | str) or any(True for _ in tensors_in(value))
+
+
 def check_example(model: nn.Module, example: Input) -> Tensor:
     """Run ``model`` on ``example`` twice and return its prediction; the constructors' common door.
 
@@ -240,17 +254,21 @@ def check_example(model: nn.Module, example: Input) -> Tensor:
         TypeError: the model is no module, or its output carries no prediction tensor.
         ValueError: the model does not accept the example, gives NaN, or is not deterministic in evaluation mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    shape = tuple(first_tensor(example).shape)
-    if 0 in shape:
-        raise ValueError(f"example: shape {shape} has no elements; give a batch of one or more real inputs")
+    check.module("model", model)
+    check.instance("example", example, Tensor, tuple, list, Mapping, allowed=_EXAMPLES)
+    tensors = list(tensors_in(example))
+    if not tensors or (not isinstance(example, Tensor) and not all(map(_is_input, _values(example)))):
+        raise check.wrong("example", example, _EXAMPLES, TypeError)
+    shape = tuple(tensors[0].shape)
+    if not shape or 0 in shape:
+        raise ValueError(f"example: shape {shape} has no rows; give a batch of one or more real inputs")
     with evaluating(model), torch.no_grad():
         try:
-            first = predictions(call(model, example))
-        except (RuntimeError, ValueError, IndexError) as error:
+            output = call(model, example)
+        except Exception as error:  # a model of the caller's own may raise anything
             line = first_line(error)
             raise ValueError(f"example: the model does not accept an input of shape {shape}: {line}") from error
+        first = predictions(output)
         second = predictions(call(model, example))
     for name, a in first.items():
         b = second.get(name)

@@ -230,21 +230,43 @@ def write_folder(folder: Path, kind: str, manifest: Mapping[str, Any], tensors: 
         shutil.rmtree(former, ignore_errors=True)
 
 
+def is_ours(folder: Path, kind: str) -> bool:
+    """Whether ``folder`` holds what ``write_folder`` wrote as ``kind`` and nothing else; its tensors may be damaged."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if {p.name for p in folder.iterdir()} - {CONFIG, TENSORS} or not (folder / CONFIG).is_file():
+        return False
+    try:
+        return _manifest(folder).get("kind") == kind
+    except NewerFormatError:
+        return True
+    except SavedFileError:
+        return False
+
+
+def is_foreign(folder: Path, kind: str) -> bool:
+    """Whether ``folder`` certainly holds something that is not a ``kind``, be it whole or damaged."""
+    if folder.is_symlink() or not folder.is_dir():
+        return True
+    if {p.name for p in folder.iterdir()} - {CONFIG, TENSORS}:
+        return True
+    try:
+        return (folder / CONFIG).is_file() and _manifest(folder).get("kind") != kind
+    except DamagedError:
+        return False
+    except NewerFormatError:
+        return False
+    except ForeignError:
+        return True
+
+
 def _check_ours(folder: Path, kind: str) -> None:
     """Refuse to replace what is not ours."""
     if not folder.is_dir():
         raise FileExistsError(errno.EEXIST, f"folder: {folder} is a file; give the name of a folder")
     names = {p.name for p in folder.iterdir()}
-    if not names:
-        return
-    strange = sorted(names - {CONFIG, TENSORS})
-    known = False
-    if not strange and CONFIG in names:
-        try:
-            known = _manifest(folder).get("kind") == kind
-        except SavedFileError:
-            known = False
-    if not known:
+    if names and not is_ours(folder, kind):
+        strange = sorted(names - {CONFIG, TENSORS})
         what = f"holds {strange[0]!r}" if strange else f"holds something that is not a saved pliant {kind}"
         raise FileExistsError(errno.EEXIST, f"folder: {folder} {what}; give an empty or a new folder")
 

@@ -18,11 +18,12 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -39,10 +40,21 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
+from pliant.core import check
 from pliant.core.calibration import is_too_small
 from pliant.core.dynamic import Dynamic, Point
-from pliant.core.inputs import Batch, rows_of, split_batch, to_device
-from pliant.core.persistence import SavedFileError, load_state, pack, read_folder, state_of, unpack, write_folder
+from pliant.core.inputs import Batch, rows_of, split_batch, tensors_in, to_device
+from pliant.core.persistence import (
+    SavedFileError,
+    is_foreign,
+    is_ours,
+    load_state,
+    pack,
+    read_folder,
+    state_of,
+    unpack,
+    write_folder,
+)
 
 Schedule = Callable[[float], float]
 _CHECK_EVERY = 16  # steps between looks at the loss where looking costs a synchronisation
@@ -52,15 +64,21 @@ _LEFTOVER = re.compile(r"\.step-\d{8,}\.[0-9a-f]{8}\.(tmp|old)")
 
 
 class DivergedError(RuntimeError):
-    """The loss or the weights are no longer finite."""
+    """The loss or the weights are no longer finite.
 
-    def __init__(self, step: int, what: str, last: Path | None) -> None:
+    Attributes:
+        step: the optimiser step at which it was seen.
+        last: the last good checkpoint, None where none was written.
+    """
+
+    def __init__(self, step: int, what: str, last: Path | None, cure: str = "") -> None:
         good = (
             f"the last good checkpoint is {last}"
             if last
             else "no checkpoint was written (checkpoint=None, or too early)"
         )
-        super().__init__(f"step {step}: {what}; {good}. A smaller lr, clip=1.0 or a longer warm-up are the usual cures")
+        cure = cure or "A smaller lr, clip=1.0 or a longer warm-up are the usual cures"
+        super().__init__(f"step {step}: {what}; {good}. {cure}")
         self.step = step
         self.last = last
 
@@ -153,12 +171,16 @@ def fit(
         DivergedError: the loss or a weight is not finite.
         OSError: a checkpoint cannot be written.
     """
-    per_epoch = _check(net, train, epochs, steps, lr, clip, accumulate, checkpoint_every, lr_schedule)
+    per_epoch = _check(
+        net, train, epochs, steps, lr, weight_decay, clip, accumulate, checkpoint_every, lr_schedule, seed
+    )
+    for name, flag in (("resume", resume), ("progress", progress)):
+        check.boolean(name, flag)
     factor = SCHEDULES[lr_schedule] if isinstance(lr_schedule, str) else lr_schedule
     accelerator = accelerator if accelerator is not None else Accelerator()
     if accelerator.ddp_handler is None:  # a sub-network's step leaves other parameters without a gradient
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    with _random_states():
+    with _random_states(), _given_back(net):
         run = _Run(net, train, accelerator, optimizer, lr, weight_decay, seed)
         batches: int | None = None
         if per_epoch is not None:
@@ -184,8 +206,11 @@ def fit(
             "processes": accelerator.num_processes,
         }
         store = _Store(Path(checkpoint), identity, run) if checkpoint is not None else None
-        if store is not None and resume:
-            store.restore()
+        if store is not None:
+            if resume:
+                store.restore()
+            else:
+                store.tidy()
         if run.done:
             net.eval()
             return run.history
@@ -194,6 +219,7 @@ def fit(
             _loop(
                 run, store, bar, total, epochs, batches, factor, clip, accumulate, checkpoint_every, validation, on_step
             )
+            run.check_weights(store.last if store is not None else None)
             run.reseed("finish")
             net.schedule(1.0)
             net.finish(train)
@@ -202,6 +228,21 @@ def fit(
                 store.write()
     net.eval()
     return run.history
+
+
+@contextmanager
+def _given_back(net: Dynamic) -> Iterator[None]:
+    """After an exception the network has the modes and the setting that it came with, and no gradients."""
+    modes, point = [(m, m.training) for m in net.modules()], net.point
+    try:
+        yield
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        net.zero_grad(set_to_none=True)
+        with suppress(Exception):  # training may have changed which settings there are
+            net.use(point)
+        raise
 
 
 def _loop(
@@ -274,7 +315,8 @@ def _loop(
             if at_once:
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise DivergedError(history.steps + 1, f"the loss is {value}", store.last if store else None)
+                    last = store.last if store else None
+                    raise DivergedError(history.steps + 1, f"the loss is {value}", last, run.blame(group))
                 run.loss_sum += value
                 history.steps += 1
             else:
@@ -319,26 +361,27 @@ def _check(
     epochs: int | None,
     steps: int | None,
     lr: float,
+    weight_decay: float,
     clip: float | None,
     accumulate: int,
     every: int | None,
     lr_schedule: str | Schedule,
+    seed: int,
 ) -> int | None:
     """Check the arguments; return the number of batches in an epoch where it is known."""
-    if not isinstance(net, Dynamic):
-        raise TypeError(f"net: expected a pliant network, got {type(net).__name__}")
+    check.instance("net", net, Dynamic, allowed="a pliant network")
     if (epochs is None) == (steps is None):
         raise ValueError(f"epochs, steps: give one of the two, got epochs={epochs} and steps={steps}")
-    counts = {"epochs": epochs, "steps": steps, "accumulate": accumulate, "checkpoint_every": every}
-    for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: {value!r} is not allowed; a whole number of 1 or more")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr: {lr} is not allowed; a finite number above 0")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: {clip} is not allowed; a number above 0, or None")
-    if isinstance(lr_schedule, str) and lr_schedule not in SCHEDULES:
-        raise ValueError(f"lr_schedule: unknown {lr_schedule!r}; allowed: {', '.join(SCHEDULES)}, or a function")
+    for name, value in {"epochs": epochs, "steps": steps, "checkpoint_every": every}.items():
+        check.optional(check.whole, name, value, at_least=1, at_most=10**9)
+    check.whole("accumulate", accumulate, at_least=1)
+    check.positive("lr", lr)
+    if clip != math.inf:
+        check.optional(check.positive, "clip", clip)
+    check.number("weight_decay", weight_decay, at_least=0)
+    check.seed("seed", seed)
+    if not callable(lr_schedule):
+        check.choice("lr_schedule", lr_schedule, SCHEDULES)
     if not any(p.requires_grad for p in net.parameters()):
         raise ValueError("net: it has no trainable parameter (requires_grad is False everywhere)")
     if not isinstance(train, Iterable):
@@ -413,6 +456,7 @@ class _Run:
         for group in made.param_groups:
             group.setdefault("base_lr", group["lr"] * group.get("lr_scale", 1.0))
         self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.net), made)
+        self.heard = self._heard()
         self.net.attach_optimizer(self.optimizer.optimizer)
 
     def set_lr(self, factor: float) -> None:
@@ -421,11 +465,16 @@ class _Run:
             group["lr"] = group["base_lr"] * factor
 
     def follow(self) -> None:
-        """Let the optimiser follow parameters that the method added or removed."""
+        """Let the optimiser and DDP follow parameters that the method added, removed or gave another shape."""
+        if self.sharded:
+            return
+        if self.accelerator.num_processes > 1 and self.heard != self._heard():  # DDP listens to those it was built with
+            self.objective = self.accelerator.prepare(_Objective(self.net))
+            self.heard = self._heard()
         now = {id(p) for p in self.net.parameters() if p.requires_grad}
         optimizer = self.optimizer.optimizer
         held = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        if now == held or self.sharded:
+        if now == held:
             return
         known = {id(p) for p in self.net.parameters()}
         for group in optimizer.param_groups:  # a frozen parameter stays: it has no gradient and does not move
@@ -441,8 +490,31 @@ class _Run:
             if fresh := [p for p in group["params"] if id(p) in now and id(p) not in held]:
                 peak = optimizer.defaults["lr"] * group.get("lr_scale", 1.0)
                 optimizer.add_param_group({**group, "params": fresh, "lr": peak, "base_lr": peak})
-        if self.accelerator.num_processes > 1:  # DDP listens to the parameters it was built with
-            self.objective = self.accelerator.prepare(_Objective(self.net))
+
+    def _heard(self) -> list[tuple[int, torch.Size, bool]]:
+        return [(id(p), p.shape, p.requires_grad) for p in self.net.parameters()]
+
+    def check_weights(self, last: Path | None) -> None:
+        """Refuse weights that are not finite.
+
+        Raises:
+            DivergedError: one is not; ``last`` is the last good checkpoint.
+        """
+        for name, p in self.net.named_parameters():
+            if p.is_floating_point() and not torch.isfinite(p).all():
+                raise DivergedError(self.history.steps, f"the weight {name} is not finite", last)
+
+    def blame(self, group: list[Batch]) -> str:
+        """What to do about a loss that is not finite, where the inputs or the norm statistics tell."""
+        try:
+            inputs = [t for batch in group for t in tensors_in(split_batch(batch)[0])]
+        except TypeError:  # a batch of the method's own form
+            return ""
+        if not any(bool(t.isnan().any()) for t in inputs if t.is_floating_point()):
+            return ""
+        poisoned = [n for n, b in self.net.named_buffers() if b.is_floating_point() and not b.isfinite().all()]
+        also = f" Statistics of norms took it up ({poisoned[0]}): load the network anew." if poisoned else ""
+        return f"The inputs of this batch hold NaN: repair the data.{also}"
 
     def gradient(self, group: list[Batch]) -> Tensor | None:
         """Add up the mean gradient of the batches; return their mean loss, None where none of them can be used."""
@@ -577,15 +649,44 @@ class _Store:
         self.written: list[Path] = []
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"checkpoint: {folder} is a file; give the name of a folder")
+        for path in self._named():
+            if is_foreign(path, "checkpoint"):
+                raise ValueError(
+                    f"checkpoint: {path} was not written by pliant, and a run would come to stand there; give another "
+                    "folder"
+                )
 
-    def found(self) -> list[Path]:
-        """Checkpoints from the oldest to the newest."""
+    def _named(self) -> list[Path]:
+        """Folders with the name of a checkpoint, from the oldest to the newest."""
         if not self.folder.is_dir():
             return []
         return sorted(
-            (p for p in self.folder.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()),
+            (p for p in self.folder.iterdir() if _STEP.fullmatch(p.name) and (p.is_dir() or p.is_symlink())),
             key=lambda p: int(p.name.removeprefix("step-")),
         )
+
+    def found(self) -> list[Path]:
+        """Checkpoints from the oldest to the newest: folders with our own manifest, and nothing else."""
+        return [p for p in self._named() if is_ours(p, "checkpoint")]
+
+    def tidy(self) -> None:
+        """Take what interrupted writes left behind away, and set aside what has the name of a checkpoint and is none.
+
+        The latter is renamed and never deleted, so that a run which comes to the same step can write there.
+        """
+        if self.run.accelerator.is_main_process and self.folder.is_dir():
+            for leftover in self.folder.iterdir():
+                if _LEFTOVER.fullmatch(leftover.name):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            for path in set(self._named()) - set(self.found()):
+                self._set_aside(path, "it has no readable config.json")
+        self.run.accelerator.wait_for_everyone()
+
+    def _set_aside(self, path: Path, why: object) -> None:
+        if self.run.accelerator.is_main_process:
+            aside = path.with_name(f"damaged-{path.name}-{secrets.token_hex(4)}")
+            os.rename(path, aside)
+            warnings.warn(f"checkpoint: {why}. {path.name} was set aside as {aside.name}", stacklevel=5)
 
     def write(self) -> None:
         """Write where the run stands.
@@ -663,28 +764,32 @@ class _Store:
         Raises:
             ValueError: the checkpoint belongs to another run, or none is intact.
         """
-        if self.run.accelerator.is_main_process and self.folder.is_dir():
-            for leftover in self.folder.iterdir():
-                if _LEFTOVER.fullmatch(leftover.name):
-                    shutil.rmtree(leftover, ignore_errors=True)
-        self.run.accelerator.wait_for_everyone()
+        whole = len(self._named())
+        self.tidy()
         broken: Exception | None = None
         for path in reversed(self.found()):
             try:
                 manifest, tensors = read_folder(path, "checkpoint")
+                at = _progress(path, manifest)
             except (SavedFileError, FileNotFoundError) as error:
-                warnings.warn(f"checkpoint: {error}. The one before it is used instead", stacklevel=4)
                 broken = error
+                self.run.accelerator.wait_for_everyone()
+                self._set_aside(path, f"{error}. The one before it is used instead")
                 continue
             self._check_identity(path, manifest)
-            self._apply(path, manifest, tensors)
+            try:
+                self._apply(path, manifest, tensors, at)
+            except SavedFileError:
+                raise
+            except Exception as error:  # a structure that was altered may break anything
+                raise SavedFileError(f"checkpoint: {path} does not fit this network: {error!r}") from error
             self.last = path
             self.written = [p for p in self.found() if p.name <= path.name][-_KEPT:]
             return
-        if broken is not None:
+        if broken is not None or whole:
             raise SavedFileError(
-                f"checkpoint: none in {self.folder} is intact ({broken}); "
-                "delete them or pass resume=False to start anew"
+                f"checkpoint: none in {self.folder} is intact ({broken or 'no manifest can be read'}); what was there "
+                "has been set aside, so the same call starts anew"
             ) from broken
 
     def _check_identity(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -697,7 +802,9 @@ class _Store:
                     "pass resume=False to start anew, or give another folder"
                 )
 
-    def _apply(self, path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _apply(
+        self, path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], at: Mapping[str, Any]
+    ) -> None:
         run = self.run
         model = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
         extra = {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
@@ -721,7 +828,6 @@ class _Store:
             load_state(run.net, model, manifest["aliases"], path)
             self._load_optimizer(path, optimizer)
         run.net.use(Point(**manifest["point"]))
-        at = manifest["progress"]
         run.history = History(at["step"], list(at["losses"]), at["seconds"], at["step"])
         run.epoch, run.in_epoch, run.seen = at["epoch"], at["in_epoch"], at["seen"]
         run.skip = run.in_epoch
@@ -747,6 +853,25 @@ class _Store:
                 if own & set(theirs["names"]):
                     group.update(theirs["options"])
                     break
+
+
+def _progress(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the checkpoint stands, checked.
+
+    Raises:
+        SavedFileError: an entry is missing or is not what ``write`` writes.
+    """
+    try:
+        at: dict[str, Any] = check.instance("progress", manifest.get("progress"), dict)
+        for name in ("step", "epoch", "in_epoch", "seen", "loss_count"):
+            check.whole(name, at[name], at_least=0, at_most=10**12)
+        for name in ("loss_sum", "seconds"):
+            check.number(name, at[name])
+        check.sequence("losses", at["losses"], lambda name, value: check.instance(name, value, float), empty=True)
+        check.boolean("done", at["done"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SavedFileError(f"checkpoint: {path} does not tell where the run stood ({error})") from None
+    return at
 
 
 def _as_read(structure: Any) -> Any:
