@@ -971,7 +971,7 @@ def test_one_neuron_grows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "best"}, "rule: 'best' is not allowed; one of senn, secnn"),
+        ({"rule": "best"}, "rule: 'best'; allowed: 'senn', 'secnn'"),
         ({"score": "full"}, "score: 'full'"),
         ({"metric": "mean"}, "metric: 'mean'"),
         ({"init": "zero"}, "init: 'zero'"),
@@ -983,11 +983,11 @@ def test_one_neuron_grows():
         ({"actions": ("prune",)}, "actions"),
         ({"tau": -1.0}, "tau: -1.0"),
         ({"tau": math.nan}, "tau: nan"),
-        ({"units": 0}, "units: 0 is not allowed; a whole number of 1 or more"),
+        ({"units": 0}, "units: 0; allowed: a whole number from 1"),
         ({"units": 1.5}, "units: 1.5"),
         ({"every": 0}, "every: 0"),
         ({"cooldown": -1}, "cooldown: -1"),
-        ({"kernel": 4}, "kernel: 4 is even"),
+        ({"kernel": 4}, "kernel: 4; allowed: an odd number"),
         ({"penalty": -1.0}, "penalty: -1.0"),
         ({"damping": -0.1}, "damping: -0.1"),
         ({"score_samples": 0}, "score_samples: 0"),
@@ -1003,7 +1003,7 @@ def test_one_neuron_grows():
     ],
 )
 def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         SelfExpanding(mlp(), torch.randn(2, 6), **options)
 
 
@@ -1086,7 +1086,7 @@ def test_bad_scores():
     model, (x, y) = mlp(), data("mlp")
     with pytest.raises(TypeError, match="already reduced"):
         natural_expansion_score(model, (x, y), F.cross_entropy(model(x), y))
-    with pytest.raises(TypeError, match="expected a function"):
+    with pytest.raises(TypeError, match="criterion: 3; allowed: a function"):
         natural_expansion_score(model, (x, y), 3)
     with pytest.raises(ValueError, match="already reduced to a scalar"):
         natural_expansion_score(model, (x, y), lambda out, t: (out.sum(0) ** 2).sum())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
+from pliant.core import check
 from pliant.core.cost import count_parameters, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
@@ -42,9 +43,6 @@ from pliant.elastic.self_expanding.scores import (
     SCORES,
     Geometry,
     Seen,
-    check_number,
-    check_one_of,
-    check_whole,
     counted_rows,
     criterion_of,
     diag_score,
@@ -184,36 +182,53 @@ class SelfExpanding(Dynamic):
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
+        check.module("model", model)
+        check.choice("rule", rule, ("senn", "secnn"))
         secnn_rule = rule == "secnn"
-        for name, value, allowed in (
-            ("rule", rule, ("senn", "secnn")), ("score", score, SCORES), ("metric", metric, METRICS),
-            ("increase", increase, ("bound", "schur")), ("identity", identity, ("dirac", "split")),
-            ("activation", activation, ("prelu", "leaky")),
-        ):  # fmt: skip
-            check_one_of(name, value, allowed)
+        check.choice("score", score, SCORES)
+        check.choice("metric", metric, METRICS)
+        check.choices("actions", actions, ("units", "layers"))
+        check.optional(check.number, "tau", tau, at_least=0)
+        check.number("alpha", alpha)
+        check.whole("units", units, at_least=1, at_most=10_000)
+        check.whole("every", every, at_least=1)
+        check.optional(check.whole, "cooldown", cooldown, at_least=0)
+        check.optional(check.whole, "per_check", per_check, at_least=1)
+        check.optional(check.mapping, "capacity", capacity, lambda n, v: check.whole(n, v, at_least=0, at_most=10**18))
+        check.optional(check.choice, "init", init, INITS)
+        check.whole("proposals", proposals, at_least=1, at_most=100_000)
+        check.whole("proposal_steps", proposal_steps, at_least=0)
+        check.number("proposal_lr", proposal_lr, at_least=0)
+        check.positive("temperature", temperature)
+        check.number("noise", noise, at_least=0)
+        check.choice("increase", increase, ("bound", "schur"))
+        check.choice("identity", identity, ("dirac", "split"))
+        check.choice("activation", activation, ("prelu", "leaky"))
+        check.number("slope", slope, at_least=0)
+        check.whole("kernel", kernel, at_least=1, at_most=1001)
+        check.positive("layer_cost", layer_cost)
+        check.optional(check.names, "layers_behind", layers_behind)
+        check.optional(check.names, "sites", sites)
+        check.number("penalty", penalty, at_least=0)
+        check.number("damping", damping, at_least=0)
+        check.optional(check.number, "eps", eps, at_least=0)
+        check.whole("score_samples", score_samples, at_least=1, at_most=10**9)
+        if score_data is not None:
+            check.instance("score_data", score_data, tuple, list, Mapping, allowed="a batch, or None")
+            if not isinstance(score_data, Mapping) and len(score_data) != 2:
+                raise check.wrong("score_data", score_data, "a batch (input, target), or a mapping with 'labels'")
+            if isinstance(score_data, Mapping) and "labels" not in score_data:
+                raise check.wrong("score_data", score_data, "a batch (input, target), or a mapping with 'labels'")
+        check.names("exclude", exclude)
+        check.seed("seed", seed)
+        self._criterion = criterion_of(criterion)
+        if kernel % 2 == 0:
+            raise check.wrong("kernel", kernel, "an odd number, which has a centre")
         self.init = init if init is not None else "noise" if secnn_rule else "optimized"
-        check_one_of("init", self.init, INITS)
-        self.tau = tau if tau is not None else 2.0 if secnn_rule else 1.15
+        self.tau = float(tau) if tau is not None else 2.0 if secnn_rule else 1.15
         self.cooldown = cooldown if cooldown is not None else 10 if secnn_rule else 0
         self.per_check = per_check
-        self.eps = eps if eps is not None else 1e-3 if score == "exact" else 1e-5
-        for name, number, least in (
-            ("tau", self.tau, 0.0), ("alpha", alpha, -math.inf), ("proposal_lr", proposal_lr, 0.0),
-            ("noise", noise, 0.0),
-            ("temperature", temperature, 1e-12), ("layer_cost", layer_cost, 1e-12), ("penalty", penalty, 0.0),
-            ("damping", damping, 0.0), ("eps", self.eps, 0.0), ("slope", slope, 0.0),
-        ):  # fmt: skip
-            check_number(name, number, least=least)
-        for name, count, low in (
-            ("units", units, 1), ("every", every, 1), ("cooldown", self.cooldown, 0), ("proposals", proposals, 1),
-            ("proposal_steps", proposal_steps, 0), ("kernel", kernel, 1), ("score_samples", score_samples, 1),
-            ("per_check", 1 if self.per_check is None else self.per_check, 1),
-        ):  # fmt: skip
-            check_whole(name, count, low)
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel: {kernel} is even; an odd one has a centre")
-        if isinstance(actions, str) or not actions or set(actions) - {"units", "layers"}:
-            raise ValueError(f"actions: {actions!r} is not allowed; a sequence of 'units', 'layers'")
+        self.eps = float(eps) if eps is not None else 1e-3 if score == "exact" else 1e-5
         if identity == "split" and score != "kfac":
             raise ValueError("identity: 'split' changes the weights of the layer behind; use score='kfac'")
         if increase == "schur" and score != "kfac":
@@ -229,7 +244,6 @@ class SelfExpanding(Dynamic):
         self.sites = None if sites is None else tuple(sites)
         self.score_samples, self.score_data, self.exclude = score_samples, score_data, tuple(exclude)
         self.seed, self.criterion = seed, criterion
-        self._criterion = criterion_of(criterion)
         check_example(model, example)
         self.example = example
         self.model = model
@@ -363,10 +377,9 @@ class SelfExpanding(Dynamic):
         return list(self._found)
 
     def _check_capacity(self) -> None:
-        for name, limit in self.capacity.items():
+        for name in self.capacity:
             if name not in CAPACITIES:
                 raise ValueError(f"capacity: unknown {name!r}; allowed: {', '.join(CAPACITIES)}")
-            check_whole(f"capacity[{name!r}]", limit, 0)
         now: dict[str, int] = {"parameters": count_parameters(self.model)}
         if "flops" in self.capacity:
             now["flops"] = self._flops(self.model)
@@ -760,9 +773,9 @@ class SelfExpanding(Dynamic):
         Raises:
             ValueError: there is no such set (the message says why, where that is known), or an argument is not allowed.
         """
-        check_one_of("init", init, INITS)
+        check.choice("init", init, INITS)
         count = self.units if count is None else count
-        check_whole("count", count, 1)
+        check.whole("count", count, at_least=1, at_most=10_000)
         known = self._known_optimizer(optimizer)
         blocks = [b for b in [*self._blocks(), *([s] for s in self.growing())] if any(s.name == where for s in b)]
         if not blocks:

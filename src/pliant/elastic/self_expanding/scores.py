@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.inputs import (
     IGNORED,
     Batch,
@@ -538,10 +539,10 @@ def natural_expansion_score(
         ValueError: an argument is not allowed, the loss has no per-sample gradients, or something is not finite.
         TypeError: ``criterion`` is a loss that was computed already.
     """
-    check_one_of("fisher", fisher, SCORES)
-    check_one_of("metric", metric, METRICS)
+    check.choice("fisher", fisher, SCORES)
+    check.choice("metric", metric, METRICS)
     chosen = {"exact": 1e-3, "diag": 1e-5, "kfac": 0.1}[fisher] if damping is None else damping
-    check_number("damping", chosen, least=0.0)
+    check.number("damping", chosen, at_least=0)
     chosen_criterion = criterion_of(criterion)
     x, y = counted_rows(*split_batch(batch))
     with keeping_random_state():
@@ -563,27 +564,5 @@ def criterion_of(criterion: Criterion | None) -> Criterion:
             f"criterion: got a tensor of shape {tuple(criterion.shape)}, a loss already reduced; per-sample gradients "
             "are needed, so give the function criterion(output, target) itself"
         )
-    if criterion is not None and not callable(criterion):
-        raise TypeError(f"criterion: expected a function of (output, target), got {type(criterion).__name__}")
+    check.optional(check.function, "criterion", criterion)
     return criterion or cross_entropy
-
-
-# -- checks of arguments ----------------------------------------------------------------------------------------------
-
-
-def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """``value`` is one of ``allowed``, or an error that names it."""
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not allowed; one of {', '.join(allowed)}")
-
-
-def check_number(name: str, value: Any, *, least: float) -> None:
-    """``value`` is a number of ``least`` or more, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise ValueError(f"{name}: {value!r} is not allowed; a number of {least:g} or more")
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """``value`` is a whole number of ``least`` or more, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: {value!r} is not allowed; a whole number of {least} or more")
