@@ -1110,6 +1110,33 @@ def test_bad_scores():
 # -- where it broke once -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("score", ["kfac", "diag", "exact"])
+def test_ignored_targets_are_left_out_of_the_score(score):
+    model, (x, y) = mlp(), data("mlp")
+    masked = y.clone()
+    masked[::3] = -100
+    kept = masked != -100
+    found = natural_expansion_score(model, (x, masked), fisher=score)
+    assert found == pytest.approx(natural_expansion_score(model, (x[kept], y[kept]), fisher=score), rel=1e-9)
+    by_hand = natural_expansion_score(model, (x[kept], y[kept]), F.cross_entropy, fisher=score)  # sample by sample
+    assert found == pytest.approx(by_hand, rel=1e-4)
+    with pytest.raises(ValueError, match="every target of the samples to score is -100"):
+        natural_expansion_score(model, (x, torch.full_like(y, -100)), fisher=score)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["kfac", "diag"])
+def test_half_precision_scores_and_grows(dtype, score):
+    x, y = data("cnn")
+    plain = natural_expansion_score(cnn(), (x, y), fisher=score)
+    assert natural_expansion_score(cnn().to(dtype), (x.to(dtype), y), fisher=score) == pytest.approx(plain, rel=0.1)
+    net = SelfExpanding(cnn().to(dtype), x[:2].to(dtype), **FAST, score=score, tau=1.0, alpha=-1.0)
+    before = net(x.to(dtype))
+    assert net.maybe_expand((x.to(dtype), y)) is not None
+    assert net(x.to(dtype)).dtype == dtype
+    assert torch.allclose(net(x.to(dtype)), before, rtol=0.05, atol=0.05)
+
+
 def test_sets_that_one_added_layer_reads_grow_one_by_one():
     net = grown("residual", rule="secnn", score="diag", cooldown=0, actions=("units",), tau=0.0)
     net.deepen("head")

@@ -680,6 +680,31 @@ def test_the_loss_with_a_teacher():
     torch.testing.assert_close(net.loss((X, soft)), expected)
 
 
+def test_the_loss_with_a_soft_teacher():
+    teacher = MLP(6)
+    net = StitchNet(smooth(4, 8), X[:2], teacher=teacher, distillation="soft", teacher_weight=0.25).eval()
+    out, wish = net(X), teacher(X).softmax(1)
+    expected = 0.75 * F.cross_entropy(out, Y) - 0.25 * (wish * out.log_softmax(1)).sum(1).mean()
+    assert torch.allclose(net.loss((X, Y)), expected, rtol=1e-6)
+
+
+def test_ids_stage_by_stage():
+    models = [SmallResNet(widths=w, blocks=3) for w in ((4, 8), (8, 16), (12, 24))]
+    pairs, stages = (StitchNet(models, IMAGES[:2], order=order) for order in ("pairs", "stages"))
+
+    def seams(net):
+        return [(s.stage, s.front, s.back, s.j, s.k, s.layer) for c in net.configurations[3:] for s in c.stitches]
+
+    by_stage = seams(stages)
+    assert [s[:3] for s in by_stage] == sorted(s[:3] for s in by_stage)
+    assert [s[1:3] for s in seams(pairs)] == sorted(s[1:3] for s in seams(pairs))
+    assert sorted(s[:5] for s in by_stage) == sorted(s[:5] for s in seams(pairs))
+    assert [c.id for c in stages.configurations] == list(range(len(stages.configurations)))
+    layers = [s[5] for s in by_stage]
+    assert layers == sorted(layers)
+    assert set(layers) == set(range(len(stages.layers)))
+
+
 def test_parameter_groups():
     net = StitchNet(smooth(4, 8), X, anchor_lr_scale=0.1)
     layers, anchors = net.parameter_groups(0.05)
@@ -1097,7 +1122,7 @@ def test_bad_anchors():
         StitchNet([], X)
     with pytest.raises(TypeError, match="expected a sequence of networks, got one MLP"):
         StitchNet(a, X)
-    with pytest.raises(TypeError, match="expected a sequence of networks, got int"):
+    with pytest.raises(TypeError, match="anchors: 3; allowed: a sequence"):
         StitchNet(3, X)
     with pytest.raises(TypeError, match=r"expected networks .* got a str"):
         StitchNet([a, "b"], X)

@@ -686,7 +686,7 @@ def check_axes(
     """
     for name, sizes, least in (("width", width, 1), ("depth", depth, 0)):
         if isinstance(sizes, Mapping):
-            check.mapping(name, sizes, lambda n, v, least=least: check.sequence(n, v, _whole_from(least)))
+            check.mapping(name, sizes, _whole_numbers_from(least))
         elif sizes is not None:
             _check_shares(name, sizes)
     if shares and expansion is not None:
@@ -702,6 +702,10 @@ def check_axes(
 
 def _whole_from(least: int) -> Callable[[str, Any], int]:
     return lambda name, value: check.whole(name, value, at_least=least)
+
+
+def _whole_numbers_from(least: int) -> Callable[[str, Any], tuple[int, ...]]:
+    return lambda name, value: check.sequence(name, value, _whole_from(least))
 
 
 def _check_shares(name: str, values: Any) -> None:

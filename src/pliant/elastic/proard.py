@@ -452,7 +452,7 @@ class ProARD(Dynamic):
         check.positive("temperature", temperature)
         check.number("eps", eps, at_least=0)
         check.number("step", step, at_least=0)
-        check.whole("attack_steps", attack_steps, at_least=0)
+        check.whole("attack_steps", attack_steps, at_least=1)
         check.choice("start", start, ("gaussian", "uniform"))
         check.sequence("bounds", bounds, check.number, length=2)
         check.choice("attack_norm", attack_norm, ("batch", "eval"))
@@ -483,7 +483,10 @@ class ProARD(Dynamic):
         self.calibration_images, self.calibration_batch = calibration_images, calibration_batch
         self.exclude, self.divisor, self.stacks, self.seed = tuple(exclude), divisor, stacks, seed
         self.attack = PGD(eps, step, attack_steps, start, bounds=tuple(bounds))  # type: ignore[arg-type]
-        self.attack.check(example)
+        try:
+            self.attack.check(example)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"example: {error}") from None
         self.model = model
         self.classes = _classes("model", model, example)
         self.width, self.depth, self.expansion = width, depth, expansion  # as given, for ``arguments``
@@ -1129,7 +1132,10 @@ def _rounded(group: Group, share: float) -> int:
 
 
 def _classes(name: str, model: nn.Module, example: Tensor) -> int:
-    shape = tuple(check_example(model, example).shape)
+    try:
+        shape = tuple(check_example(model, example).shape)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(f"{name}: its output has shape {shape}; logits (B, C) of two or more classes are needed")
     return shape[1]

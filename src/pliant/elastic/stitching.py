@@ -760,8 +760,11 @@ class StitchNet(Dynamic):
     def _outline(self, m: int) -> _Outline:
         """The blocks of anchor m, stage by stage."""
         network = self.body.anchors[m]
-        found = self.blocks(network) if callable(self.blocks) else self.blocks
         who = _who(m, network)
+        try:
+            found = self.blocks(network) if callable(self.blocks) else self.blocks
+        except Exception as error:  # a function of the caller's own may raise anything
+            raise ValueError(f"blocks: called with {who} it raised {first_line(error)}") from error
         if found is None:
             names = list(find_stacks(network, self.example))
             if not names:
@@ -938,7 +941,8 @@ class StitchNet(Dynamic):
                 raise ValueError(
                     f"anchors: after block {s.j} of anchor {s.front} (stage {s.stage}) the features have shape "
                     f"{front}, before block {s.k} of anchor {s.back} {back}; their {here} and {there} positions "
-                    "differ. Give adapter='resize', or adapter=lambda front, back: module, which gives features of the "
+                    "differ. Give channels_last= where their channels were taken for positions, "
+                    f"adapter='resize', or adapter=lambda front, back: module, which gives features of the "
                     "first shape the positions of the second"
                 )
             if self.adapter == "resize":
@@ -1467,12 +1471,11 @@ def _children(network: nn.Module, name: str, who: str) -> list[nn.Module]:
 def _sequence_of_networks(anchors: Any) -> list[nn.Module]:
     if isinstance(anchors, nn.Module) and not isinstance(anchors, nn.ModuleList):
         raise TypeError(f"anchors: expected a sequence of networks, got one {type(anchors).__name__}")
-    if not isinstance(anchors, Iterable):
-        raise TypeError(f"anchors: expected a sequence of networks, got {type(anchors).__name__}")
-    networks = list(anchors)
-    for network in networks:
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"anchors: expected networks (nn.Module), got a {type(network).__name__}")
+    networks = list(
+        check.sequence(
+            "anchors", list(anchors) if isinstance(anchors, nn.ModuleList) else anchors, check.module, empty=True
+        )
+    )
     if len(networks) < 2:
         raise ValueError(f"anchors: {len(networks)} network; two or more are needed to stitch")
     if len({id(n) for n in networks}) < len(networks):
