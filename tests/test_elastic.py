@@ -92,7 +92,9 @@ def _ready(name: str) -> Dynamic:
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
-@all_five
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("SortedNet", "ProARD"))) for n in MAKE]
+)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_networks_answer_as_they_do_uncompiled_at_every_point(name: str, backend: str) -> None:
     torch._dynamo.reset()
