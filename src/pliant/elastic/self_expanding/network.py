@@ -188,7 +188,7 @@ class SelfExpanding(Dynamic):
         check.choice("score", score, SCORES)
         check.choice("metric", metric, METRICS)
         check.choices("actions", actions, ("units", "layers"))
-        if tau != math.inf:  # at which nothing grows
+        if not (isinstance(tau, float) and tau == math.inf):  # at which nothing grows
             check.optional(check.number, "tau", tau, at_least=0)
         check.number("alpha", alpha)
         check.whole("units", units, at_least=1, at_most=10_000)
