@@ -494,7 +494,7 @@ def test_9_custom_phases() -> None:
         small(phases=[{"width": (4,)}, phases[2]])  # without the largest network
     with pytest.raises(ValueError, match="last one must be the whole space"):
         small(phases=("width", "depth"))
-    with pytest.raises(ValueError, match="phases: 'expand' is not one of width, kernel, depth, expansion"):
+    with pytest.raises(ValueError, match=r"phases\[1\]: 'expand'; allowed: 'width', 'kernel', 'depth', 'expansion'"):
         small(phases=("width", "expand"))
     with pytest.raises(ValueError, match="'heads' is neither a coordinate nor an axis"):
         small(phases=[{"heads": (1,)}])
@@ -1233,17 +1233,17 @@ def test_the_plain_network_says_what_is_wrong() -> None:
         ({"attack_steps": 0}, "steps: 0"),
         ({"bounds": (1.0, 0.0)}, "bounds"),
         ({"bounds": (0.0, 0.5)}, r"inputs: they run from .* outside of bounds=\(0\.0, 0\.5\); put the normalisation"),
-        ({"start": "zeros"}, "start: 'zeros' is not one of gaussian, uniform"),
-        ({"attack_norm": "layer"}, "attack_norm: 'layer' is not one of batch, eval"),
-        ({"objective": "kd"}, "objective: 'kd' is not one of rslad, ard, adaad, trades"),
+        ({"start": "zeros"}, "start: 'zeros'; allowed: 'gaussian', 'uniform'"),
+        ({"attack_norm": "layer"}, "attack_norm: 'layer'; allowed: 'batch', 'eval'"),
+        ({"objective": "kd"}, "objective: 'kd'; allowed: 'rslad', 'ard', 'adaad', 'trades'"),
         ({"reduction": "sum"}, "reduction: 'sum'"),
-        ({"teacher": "best"}, "teacher: 'best' is not 'frozen', 'live' or an"),
+        ({"teacher": "best"}, "teacher: 'best'; allowed: 'frozen', 'live'"),
         (
             {"teacher": nn.Sequential(cnn(), nn.Unflatten(1, (2, 2)))},
             r"teacher: its output has shape \(2, 2, 2\); logits",
         ),
         ({"teacher": cnn(classes=7)}, "teacher: it has 7 classes, the model has 4"),
-        ({"students": (1, 2)}, r"students: \(1, 2\) must be three positive"),
+        ({"students": (1, 2)}, r"students: \(1, 2\); allowed: a sequence of exactly 3"),
         ({"students": (0, 1, 1)}, "students"),
         ({"beta": -1.0}, "beta: -1.0"),
         ({"alpha": 1.5}, "alpha: 1.5"),
@@ -1252,8 +1252,8 @@ def test_the_plain_network_says_what_is_wrong() -> None:
         ({"protect": "none"}, "protect"),
         ({"offer": 0}, "offer: 0"),
         ({"calibration_images": 0}, "calibration_images: 0"),
-        ({"calibrate_on": "attacked"}, "calibrate_on: 'attacked' is not one of clean, both"),
-        ({"inner": "half"}, "inner: 'half' is not 'md'"),
+        ({"calibrate_on": "attacked"}, "calibrate_on: 'attacked'; allowed: 'clean', 'both'"),
+        ({"inner": "half"}, "inner: 'half'; allowed: 'md'"),
         ({"inner": "md", "expansion": None}, "expansion: give the ratios"),
         ({"width": (0.5,)}, "width"),
         ({"width": (0.0, 1.0)}, "width"),

@@ -971,7 +971,7 @@ def test_one_neuron_grows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "best"}, "rule: 'best' is not allowed; one of senn, secnn"),
+        ({"rule": "best"}, "rule: 'best'; allowed: 'senn', 'secnn'"),
         ({"score": "full"}, "score: 'full'"),
         ({"metric": "mean"}, "metric: 'mean'"),
         ({"init": "zero"}, "init: 'zero'"),
@@ -983,11 +983,11 @@ def test_one_neuron_grows():
         ({"actions": ("prune",)}, "actions"),
         ({"tau": -1.0}, "tau: -1.0"),
         ({"tau": math.nan}, "tau: nan"),
-        ({"units": 0}, "units: 0 is not allowed; a whole number of 1 or more"),
+        ({"units": 0}, "units: 0; allowed: a whole number from 1"),
         ({"units": 1.5}, "units: 1.5"),
         ({"every": 0}, "every: 0"),
         ({"cooldown": -1}, "cooldown: -1"),
-        ({"kernel": 4}, "kernel: 4 is even"),
+        ({"kernel": 4}, "kernel: 4; allowed: an odd number"),
         ({"penalty": -1.0}, "penalty: -1.0"),
         ({"damping": -0.1}, "damping: -0.1"),
         ({"score_samples": 0}, "score_samples: 0"),
@@ -1003,7 +1003,7 @@ def test_one_neuron_grows():
     ],
 )
 def test_bad_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         SelfExpanding(mlp(), torch.randn(2, 6), **options)
 
 
@@ -1086,7 +1086,7 @@ def test_bad_scores():
     model, (x, y) = mlp(), data("mlp")
     with pytest.raises(TypeError, match="already reduced"):
         natural_expansion_score(model, (x, y), F.cross_entropy(model(x), y))
-    with pytest.raises(TypeError, match="expected a function"):
+    with pytest.raises(TypeError, match="criterion: 3; allowed: a function"):
         natural_expansion_score(model, (x, y), 3)
     with pytest.raises(ValueError, match="already reduced to a scalar"):
         natural_expansion_score(model, (x, y), lambda out, t: (out.sum(0) ** 2).sum())
@@ -1108,6 +1108,33 @@ def test_bad_scores():
 
 
 # -- where it broke once -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["kfac", "diag", "exact"])
+def test_ignored_targets_are_left_out_of_the_score(score):
+    model, (x, y) = mlp(), data("mlp")
+    masked = y.clone()
+    masked[::3] = -100
+    kept = masked != -100
+    found = natural_expansion_score(model, (x, masked), fisher=score)
+    assert found == pytest.approx(natural_expansion_score(model, (x[kept], y[kept]), fisher=score), rel=1e-9)
+    by_hand = natural_expansion_score(model, (x[kept], y[kept]), F.cross_entropy, fisher=score)  # sample by sample
+    assert found == pytest.approx(by_hand, rel=1e-4)
+    with pytest.raises(ValueError, match="every target of the samples to score is -100"):
+        natural_expansion_score(model, (x, torch.full_like(y, -100)), fisher=score)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["kfac", "diag"])
+def test_half_precision_scores_and_grows(dtype, score):
+    x, y = data("cnn")
+    plain = natural_expansion_score(cnn(), (x, y), fisher=score)
+    assert natural_expansion_score(cnn().to(dtype), (x.to(dtype), y), fisher=score) == pytest.approx(plain, rel=0.1)
+    net = SelfExpanding(cnn().to(dtype), x[:2].to(dtype), **FAST, score=score, tau=1.0, alpha=-1.0)
+    before = net(x.to(dtype))
+    assert net.maybe_expand((x.to(dtype), y)) is not None
+    assert net(x.to(dtype)).dtype == dtype
+    assert torch.allclose(net(x.to(dtype)), before, rtol=0.05, atol=0.05)
 
 
 def test_sets_that_one_added_layer_reads_grow_one_by_one():

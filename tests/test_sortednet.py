@@ -386,13 +386,13 @@ def test_indices() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"width": (0.0, 1.0)}, r"width: \(0.0, 1.0\)"),
+        ({"width": (0.0, 1.0)}, r"width\[0\]: 0\.0; allowed: a finite number above 0 and up to 1"),
         ({"width": (0.5, 1.5)}, "width"),
-        ({"width": (0.5,)}, "must contain 1"),
+        ({"width": (0.5,)}, r"width: \(0\.5,\); allowed: .*, with 1"),
         ({"width": ()}, "width"),
         ({"depth": (0.5, 1.0)}, "no stack of blocks"),
         ({"accumulate": 0}, "accumulate: 0"),
-        ({"mode": "mean"}, "mode: 'mean' is not one of sample, sum"),
+        ({"mode": "mean"}, "mode: 'mean'; allowed: 'sample', 'sum'"),
         ({"norm_stats": "none"}, "norm_stats"),
         ({"dropout": "half"}, "dropout"),
         ({"weights": [1.0]}, "weights: expected 4"),

@@ -680,6 +680,31 @@ def test_the_loss_with_a_teacher():
     torch.testing.assert_close(net.loss((X, soft)), expected)
 
 
+def test_the_loss_with_a_soft_teacher():
+    teacher = MLP(6)
+    net = StitchNet(smooth(4, 8), X[:2], teacher=teacher, distillation="soft", teacher_weight=0.25).eval()
+    out, wish = net(X), teacher(X).softmax(1)
+    expected = 0.75 * F.cross_entropy(out, Y) - 0.25 * (wish * out.log_softmax(1)).sum(1).mean()
+    assert torch.allclose(net.loss((X, Y)), expected, rtol=1e-6)
+
+
+def test_ids_stage_by_stage():
+    models = [SmallResNet(widths=w, blocks=3) for w in ((4, 8), (8, 16), (12, 24))]
+    pairs, stages = (StitchNet(models, IMAGES[:2], order=order) for order in ("pairs", "stages"))
+
+    def seams(net):
+        return [(s.stage, s.front, s.back, s.j, s.k, s.layer) for c in net.configurations[3:] for s in c.stitches]
+
+    by_stage = seams(stages)
+    assert [s[:3] for s in by_stage] == sorted(s[:3] for s in by_stage)
+    assert [s[1:3] for s in seams(pairs)] == sorted(s[1:3] for s in seams(pairs))
+    assert sorted(s[:5] for s in by_stage) == sorted(s[:5] for s in seams(pairs))
+    assert [c.id for c in stages.configurations] == list(range(len(stages.configurations)))
+    layers = [s[5] for s in by_stage]
+    assert layers == sorted(layers)
+    assert set(layers) == set(range(len(stages.layers)))
+
+
 def test_parameter_groups():
     net = StitchNet(smooth(4, 8), X, anchor_lr_scale=0.1)
     layers, anchors = net.parameter_groups(0.05)
@@ -1058,18 +1083,18 @@ def test_the_experiment_without_its_data_says_so(monkeypatch):
     ("kwargs", "error", "message"),
     [
         ({"window": 0}, ValueError, "window: 0"),
-        ({"stride": 1.5}, ValueError, r"stride: 1\.5"),
-        ({"calibration_batches": True}, ValueError, "calibration_batches: True"),
-        ({"direction": "up"}, ValueError, "direction: 'up' is not one of"),
+        ({"stride": 1.5}, TypeError, r"stride: 1\.5"),
+        ({"calibration_batches": True}, TypeError, "calibration_batches: True"),
+        ({"direction": "up"}, ValueError, "direction: 'up'; allowed: 'fast-to-slow'"),
         ({"anchor_lr_scale": 0.0}, ValueError, r"anchor_lr_scale: 0\.0"),
         ({"teacher_weight": 1.5}, ValueError, r"teacher_weight: 1\.5"),
-        ({"teacher": 3}, TypeError, "teacher: expected an nn"),
-        ({"adapter": "pool"}, ValueError, "adapter: 'pool'"),
+        ({"teacher": 3}, TypeError, r"teacher: 3; allowed: an nn\.Module"),
+        ({"adapter": "pool"}, TypeError, "adapter: 'pool'"),
         ({"channels_last": [True]}, ValueError, "channels_last: 1 values for 2 anchors"),
         ({"stages": "some"}, ValueError, "stages: 'some' is not one of"),
         ({"stages": [1]}, ValueError, r"stages: \[1\].*allowed: 0\.\.0"),
         ({"stages": "resnet"}, ValueError, "stages: resnet leaves"),
-        ({"stitches": [(0, 1, 2)]}, ValueError, r"stitches: \(0, 1, 2\) is neither"),
+        ({"stitches": [(0, 1, 2)]}, ValueError, r"stitches\[0\]: \(0, 1, 2\); allowed"),
         ({"stitches": [(0, 0, 1, 1)]}, ValueError, "two different anchors of 0..1"),
         ({"stitches": [(0, 2, 1, 1)]}, ValueError, "two different anchors of 0..1"),
         ({"stitches": [(0, 1, 4, 1)]}, ValueError, r"j=4, but the blocks of anchor 0 there are 0\.\.3"),
@@ -1077,7 +1102,7 @@ def test_the_experiment_without_its_data_says_so(monkeypatch):
         ({"stitches": [(0, 1, 1, 0, 0)]}, ValueError, "names stage 1"),
         ({"blocks": "layers"}, ValueError, r"blocks: anchor 0 \(MLP\) has no module 'layers'; .*blocks"),
         ({"blocks": "head"}, ValueError, "blocks: 'head' of anchor 0 .* is a Linear"),
-        ({"blocks": 3}, ValueError, "blocks: gave 3"),
+        ({"blocks": 3}, TypeError, "blocks: 3"),
         ({"blocks": lambda n: (n.embed, [], n.head)}, ValueError, "expected a list of modules"),
         ({"blocks": lambda n: (n.embed, n.blocks)}, ValueError, "blocks: gave"),
         ({"blocks": lambda n: (n.embed, n.blocks, nn.Linear(8, 4))}, ValueError, "not one of the network's own"),
@@ -1097,9 +1122,9 @@ def test_bad_anchors():
         StitchNet([], X)
     with pytest.raises(TypeError, match="expected a sequence of networks, got one MLP"):
         StitchNet(a, X)
-    with pytest.raises(TypeError, match="expected a sequence of networks, got int"):
+    with pytest.raises(TypeError, match="anchors: 3; allowed: a sequence"):
         StitchNet(3, X)
-    with pytest.raises(TypeError, match=r"expected networks .* got a str"):
+    with pytest.raises(TypeError, match=r"anchors\[1\]: 'b'; allowed: an nn\.Module"):
         StitchNet([a, "b"], X)
     with pytest.raises(ValueError, match="listed twice"):
         StitchNet([a, a], X)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from pliant.core import check
 from pliant.core.cost import count_flops
 from pliant.core.cuts import can_crop
 from pliant.core.dynamic import Point, Value
@@ -224,7 +225,7 @@ class Space:
     def ladder(self, count: int) -> list[Point]:
         """At most ``count`` points, smallest to largest, every coordinate at the same share of its range."""
         found = []
-        for step in range(count):
+        for step in range(check.whole("count", count, at_least=1)):
             share = step / (count - 1) if count > 1 else 1.0
             values = {n: c.choices[math.floor(share * (len(c.choices) - 1) + 0.5)] for n, c in self.coordinates.items()}
             found.append(self.canonical(Point(**values)))
@@ -306,27 +307,24 @@ class Axes:
         relative: Literal["in", "out"] = "in",
         inner: Inner | None = None,
     ) -> None:
+        check_axes(width, depth, kernel, expansion, resolution, per_block, relative, shares=inner is None)
+        check.optional(check.function, "inner", inner)
         self.slicing, self.relative, self.inner = slicing, relative, inner
         asked = {"kernel": kernel, "expansion": expansion, "width": width, "depth": depth}
         width = _WIDTH if width is None else width
         depth = _DEPTH if depth is None else depth
         expansion = _EXPANSION if expansion is None else expansion
-        if relative not in ("in", "out"):
-            raise ValueError(f"relative: {relative!r} is not one of in, out")
-        for axis in per_block:
-            if axis not in ("kernel", "expansion"):
-                raise ValueError(f"per_block: {axis!r} is not one of kernel, expansion")
         self.full_expansion = max(expansion, default=1.0)
         self.example = take(example, slice(0, 1))
         example = take(example, slice(0, 2))
         self._feeds = Feeds(slicing, example, self._place)
-        self.stages = self._find_stages(_check_kernels(kernel))
+        self.stages = self._find_stages(kernel)
         self._inner = self._order_inner()
         self._networks: OrderedDict[Point, SubNetwork] = OrderedDict()
         self._flops: dict[Point, int] = {}
         coordinates = self._resolutions(resolution, example)
         widths, depths = self._widths(width), self._depths(depth)
-        ratios = _check_numbers("expansion", expansion, inner is None)
+        ratios = sorted(set(expansion))
         for name, stage in self.stages.items():
             coordinates += [Coordinate(f"{name}.width", "width", widths[name])] if len(widths[name]) > 1 else []
             coordinates += [Coordinate(f"{name}.depth", "depth", depths[name])] if len(depths[name]) > 1 else []
@@ -340,7 +338,8 @@ class Axes:
         for axis, given in asked.items():
             lists: list[Any] = list(given.values()) if isinstance(given, Mapping) else [given or ()]
             if any(len(set(c)) > 1 for c in lists) and not any(c.axis == axis for c in coordinates):
-                raise ValueError(f"{axis}: nothing in the model can change along it ({given}); leave it out")
+                hint = ", or name the lists of blocks: stacks=['blocks']" if axis == "depth" else ""
+                raise ValueError(f"{axis}: nothing in the model can change along it ({given}); leave it out{hint}")
         self._try(example)
 
     def _inside(
@@ -473,8 +472,6 @@ class Axes:
         shape = tuple(first_tensor(example).shape)
         if not isinstance(example, Tensor) or len(shape) != 4:
             raise ValueError(f"resolution: needs one tensor of images (B, C, H, W), the example has shape {shape}")
-        if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in resolution):
-            raise ValueError(f"resolution: {tuple(resolution)} must be positive whole numbers of pixels")
         if shape[2] < max(resolution):
             raise ValueError(
                 f"resolution: the example is {shape[2]} pixels high, less than {max(resolution)}; give images at the "
@@ -490,8 +487,6 @@ class Axes:
                 raise ValueError(
                     f"width: {unknown[0]!r} is not a stage with channels to cut; allowed: {', '.join(named)}"
                 )
-        else:
-            _check_numbers("width", width, True)
         found: dict[str, tuple[Value, ...]] = {}
         for name, stage in self.stages.items():
             main = stage.width[0] if stage.width else None
@@ -510,12 +505,9 @@ class Axes:
         return found
 
     def _depths(self, depth: Shares | Mapping[str, Sequence[int]]) -> dict[str, tuple[Value, ...]]:
-        if isinstance(depth, Mapping):
-            if unknown := sorted(set(depth) - set(self.slicing.stacks)):
-                allowed = ", ".join(self.slicing.stacks) or "none was found; name them: stacks=['blocks']"
-                raise ValueError(f"depth: {unknown[0]!r} is not a stack of blocks; allowed: {allowed}")
-        else:
-            _check_numbers("depth", depth, True)
+        if isinstance(depth, Mapping) and (unknown := sorted(set(depth) - set(self.slicing.stacks))):
+            allowed = ", ".join(self.slicing.stacks) or "none was found; name them: stacks=['blocks']"
+            raise ValueError(f"depth: {unknown[0]!r} is not a stack of blocks; allowed: {allowed}")
         found: dict[str, tuple[Value, ...]] = {}
         for name, stage in self.stages.items():
             if isinstance(depth, Mapping):
@@ -684,15 +676,39 @@ def _size(group: Group, share: float) -> int:
     return min(group.channels, make_divisible(group.channels * share, group.bundle))
 
 
-def _check_numbers(name: str, values: Sequence[float], shares: bool) -> list[float]:
-    if not values or any(v <= 0 for v in values) or (shares and max(values) != 1):
-        raise ValueError(
-            f"{name}: {tuple(values)} must be " + ("shares in (0, 1] with 1 among them" if shares else "positive")
-        )
-    return sorted(set(values))
+def check_axes(
+    width: Any, depth: Any, kernel: Any, expansion: Any, resolution: Any, per_block: Any, relative: Any = "in",
+    *, shares: bool = True,
+) -> None:  # fmt: skip
+    """Raise where an argument of ``Axes`` is of another kind or out of bounds; the model is not looked at.
+
+    ``shares``: expansions are shares of the full one, and not ratios.
+    """
+    for name, sizes, least in (("width", width, 1), ("depth", depth, 0)):
+        if isinstance(sizes, Mapping):
+            check.mapping(name, sizes, _whole_numbers_from(least))
+        elif sizes is not None:
+            _check_shares(name, sizes)
+    if shares and expansion is not None:
+        _check_shares("expansion", expansion)
+    check.optional(check.sequence, "expansion", expansion, check.positive)
+    for size in check.sequence("kernel", kernel, _whole_from(1), empty=True):
+        if size % 2 == 0:
+            raise check.wrong("kernel", kernel, "odd filter sizes")
+    check.sequence("resolution", resolution, _whole_from(1), empty=True)
+    check.choices("per_block", per_block, ("kernel", "expansion"), empty=True)
+    check.choice("relative", relative, ("in", "out"))
 
 
-def _check_kernels(kernel: Sequence[int]) -> Sequence[int]:
-    if any(isinstance(k, bool) or not isinstance(k, int) or k < 1 or k % 2 == 0 for k in kernel):
-        raise ValueError(f"kernel: {tuple(kernel)} must be odd positive filter sizes")
-    return kernel
+def _whole_from(least: int) -> Callable[[str, Any], int]:
+    return lambda name, value: check.whole(name, value, at_least=least)
+
+
+def _whole_numbers_from(least: int) -> Callable[[str, Any], tuple[int, ...]]:
+    return lambda name, value: check.sequence(name, value, _whole_from(least))
+
+
+def _check_shares(name: str, values: Any) -> None:
+    found = check.sequence(name, values, lambda n, v: check.number(n, v, above=0, at_most=1))
+    if 1 not in found:
+        raise check.wrong(name, values, "shares in (0, 1] with 1 among them")

@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from pliant.core.calibration import Estimator, NormTable, batches_of, check_estimator
+from pliant.core import check
+from pliant.core.calibration import Estimator, NormTable, batches_of
 from pliant.core.cost import latency_ratio
 from pliant.core.dynamic import Dynamic, Point, Value
 from pliant.core.frontier import evaluate
@@ -59,7 +60,7 @@ from pliant.core.inputs import (
 )
 from pliant.core.objective import Criterion, Distillation, Metric, Quality, distillation, loss
 from pliant.core.slicing import Slicing, make_divisible
-from pliant.core.spaces import Axes, Space
+from pliant.core.spaces import Axes, Space, check_axes
 from pliant.core.subnetwork import SubNetwork
 
 COARSE = {"resolution": 5, "depth": 4, "width": 2, "kernel": 4, "expansion": 2}
@@ -135,20 +136,29 @@ class BigNAS(Dynamic):
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
-        words = (("reduce", reduce, ("sum", "mean")), ("regularize", regularize, ("largest", "all")))
-        for name, value, allowed in words:
-            if value not in allowed:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
-        if n_random < 0 or n_random + largest + smallest < 1:
-            raise ValueError(f"n_random: {n_random} must be 0 or more, and leave one child at least to train")
+        check.module("model", model)
+        check_axes(width, depth, kernel, expansion, resolution, per_block)
+        check.whole("n_random", n_random, at_least=0, at_most=10_000)
+        check.boolean("largest", largest)
+        check.boolean("smallest", smallest)
+        if not isinstance(distill, bool):
+            check.function("distill", distill)
+        check.number("label_smoothing", label_smoothing, at_least=0, below=1)
+        check.choice("reduce", reduce, ("sum", "mean"))
+        check.choice("regularize", regularize, ("largest", "all"))
+        check.boolean("zero_gamma", zero_gamma)
+        check.whole("offer", offer, at_least=1, at_most=10_000)
+        check.whole("calibration_batches", calibration_batches, at_least=1)
+        check.choice("estimator", estimator, Estimator)
+        check.names("exclude", exclude)
+        check.whole("divisor", divisor, at_least=1)
+        check.optional(check.names, "stacks", stacks)
+        check.seed("seed", seed)
+        check.optional(check.function, "criterion", criterion)
+        if n_random + largest + smallest < 1:
+            raise check.wrong("n_random", n_random, "1 or more where neither the largest nor the smallest is trained")
         if distill and not largest:
             raise ValueError("distill: the largest child is the teacher; give largest=True, or distill=False")
-        for name, number in (("offer", offer), ("calibration_batches", calibration_batches)):
-            if number < 1:
-                raise ValueError(f"{name}: {number} is not a positive number")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing: {label_smoothing} is not in [0, 1)")
-        check_estimator(estimator)
         self.width, self.depth, self.kernel, self.expansion = width, depth, tuple(kernel), expansion
         self.resolution, self.per_block = tuple(resolution), tuple(per_block)
         self.n_random, self.largest, self.smallest, self.distill = n_random, largest, smallest, distill
@@ -205,7 +215,16 @@ class BigNAS(Dynamic):
             self.norms.check(self.point)
             return self._criterion(self._run(self.point, x), y)
         self.norms.follow(self.model)
+        draws = self.draws.clone()
+        try:
+            value = self._sandwich(x, y)
+        except BaseException:  # the next call draws the same children again
+            self.draws.copy_(draws)
+            raise
         self.norms.stale()
+        return value
+
+    def _sandwich(self, x: Input, y: Any) -> Tensor:
         losses: list[Tensor] = []
         teacher: Any = None
         if self.largest:

@@ -56,13 +56,14 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.adversary import (
     PGD,
     Objective,
@@ -88,7 +89,7 @@ from pliant.core.inputs import (
 )
 from pliant.core.objective import cross_entropy, row_classes
 from pliant.core.slicing import Group, Slicing, make_divisible
-from pliant.core.spaces import Axes, Inner, Shares, Space
+from pliant.core.spaces import Axes, Inner, Shares, Space, check_axes
 from pliant.core.subnetwork import SubNetwork
 from pliant.core.training import fit
 
@@ -434,33 +435,42 @@ class ProARD(Dynamic):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check.module("model", model)
         if start is None:
             raise ValueError(
                 "start: None is not allowed: where student and teacher agree the attack's gradient is zero, and its "
                 "sign is rounding noise; use gaussian or uniform"
             )
-        for name, value, allowed in (
-            ("objective", objective, get_args(Students)),
-            ("reduction", reduction, ("batchmean", "elementwise")),
-            ("attack_norm", attack_norm, ("batch", "eval")),
-            ("protect", protect, ("expansion", "all")),
-            ("calibrate_on", calibrate_on, ("clean", "both")),
-            ("start", start, ("gaussian", "uniform")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
-        for name, number in (
-            ("offer", offer), ("calibration_images", calibration_images), ("calibration_batch", calibration_batch)
-        ):  # fmt: skip
-            if number < 1:
-                raise ValueError(f"{name}: {number} is not a positive number")
-        for name, real, good in (
-            ("beta", beta, beta >= 0), ("alpha", alpha, 0 <= alpha <= 1), ("temperature", temperature, temperature > 0)
-        ):  # fmt: skip
-            if not good:
-                raise ValueError(f"{name}: {real} is not allowed; beta >= 0, alpha in [0, 1], temperature > 0")
-        if len(students) != 3 or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in students):
-            raise ValueError(f"students: {tuple(students)} must be three positive whole numbers, as in (1, 2, 4)")
+        check_axes(width, depth, kernel, expansion, (), per_block, relative, shares=inner is None)
+        if inner is not None and not callable(inner) and inner != "md":
+            raise check.wrong("inner", inner, "'md', a function of (channels, expansion), or None")
+        check.boolean("kernel_matrices", kernel_matrices)
+        check.choice("objective", objective, Students)
+        check.choice("reduction", reduction, ("batchmean", "elementwise"))
+        check.number("beta", beta, at_least=0)
+        check.share("alpha", alpha)
+        check.positive("temperature", temperature)
+        check.number("eps", eps, at_least=0)
+        check.number("step", step, at_least=0)
+        check.whole("attack_steps", attack_steps, at_least=1)
+        check.choice("start", start, ("gaussian", "uniform"))
+        check.sequence("bounds", bounds, check.number, length=2)
+        check.choice("attack_norm", attack_norm, ("batch", "eval"))
+        if not isinstance(teacher, nn.Module):
+            check.choice("teacher", teacher, ("frozen", "live"))
+        check.boolean("pretrain", pretrain)
+        check.sequence("phases", phases, _check_phase, empty=True)
+        check.sequence("students", students, lambda n, v: check.whole(n, v, at_least=1, at_most=10_000), length=3)
+        check.optional(check.sequence, "shares", shares, lambda n, v: check.number(n, v, at_least=0))
+        check.choice("protect", protect, ("expansion", "all"))
+        check.whole("offer", offer, at_least=1, at_most=10_000)
+        check.choice("calibrate_on", calibrate_on, ("clean", "both"))
+        check.whole("calibration_images", calibration_images, at_least=1, at_most=10**9)
+        check.whole("calibration_batch", calibration_batch, at_least=1)
+        check.names("exclude", exclude)
+        check.whole("divisor", divisor, at_least=1)
+        check.optional(check.names, "stacks", stacks)
+        check.seed("seed", seed)
         self.example = example
         self.per_block, self.relative, self.inner = tuple(per_block), relative, inner
         self.kernel, self.kernel_matrices = tuple(kernel), kernel_matrices
@@ -473,7 +483,10 @@ class ProARD(Dynamic):
         self.calibration_images, self.calibration_batch = calibration_images, calibration_batch
         self.exclude, self.divisor, self.stacks, self.seed = tuple(exclude), divisor, stacks, seed
         self.attack = PGD(eps, step, attack_steps, start, bounds=tuple(bounds))  # type: ignore[arg-type]
-        self.attack.check(example)
+        try:
+            self.attack.check(example)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"example: {error}") from None
         self.model = model
         self.classes = _classes("model", model, example)
         self.width, self.depth, self.expansion = width, depth, expansion  # as given, for ``arguments``
@@ -536,8 +549,6 @@ class ProARD(Dynamic):
     def _rule(self) -> Inner | None:
         if not isinstance(self.inner, str):
             return self.inner
-        if self.inner != "md":
-            raise ValueError(f"inner: {self.inner!r} is not 'md', a function of (channels, expansion), or None")
         divisor = self.divisor
         return lambda channels, e: make_divisible(round(channels * e), divisor)
 
@@ -653,8 +664,6 @@ class ProARD(Dynamic):
 
     def _take_teacher(self, teacher: str | nn.Module) -> None:
         if isinstance(teacher, str):
-            if teacher not in ("frozen", "live"):
-                raise ValueError(f"teacher: {teacher!r} is not 'frozen', 'live' or an nn.Module")
             return
         classes = _classes("teacher", teacher, self.example)
         if classes != self.classes:
@@ -700,11 +709,17 @@ class ProARD(Dynamic):
         x, y = split_batch(batch)
         y = row_classes(y, rows_of(x), "ProARD")
         self.attack.check(x)
-        step, phase = int(self.steps), self.phases[self.phase]
         if self.training:
-            self.steps += 1
             self.norms.follow(self.model)
+        value = self._objective(x, y, int(self.steps))
+        if self.training:  # at last: after an error the same step can be taken again
+            self.steps += 1
             self.norms.stale()
+        return value
+
+    def _objective(self, x: Tensor, y: Tensor, step: int) -> Tensor:
+        """The objective of the current phase at step number ``step``."""
+        phase = self.phases[self.phase]
         if phase.axis == "teacher":
             return self._trades(self.space.largest, x, y, self.generator(step, 0))
         losses = []
@@ -1105,12 +1120,22 @@ class ProARD(Dynamic):
         )
 
 
+def _check_phase(name: str, phase: Any) -> Any:
+    """An axis, or a mapping from coordinates or axes to choices."""
+    if isinstance(phase, Mapping):
+        return check.mapping(name, phase, lambda n, v: check.sequence(n, v, check.number), empty=False)
+    return check.choice(name, phase, _TABLE)
+
+
 def _rounded(group: Group, share: float) -> int:
     return min(group.channels, make_divisible(group.channels * share, group.bundle))
 
 
 def _classes(name: str, model: nn.Module, example: Tensor) -> int:
-    shape = tuple(check_example(model, example).shape)
+    try:
+        shape = tuple(check_example(model, example).shape)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
     if len(shape) != 2 or shape[1] < 2:
         raise ValueError(f"{name}: its output has shape {shape}; logits (B, C) of two or more classes are needed")
     return shape[1]

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from pliant.core import check
 from pliant.core.calibration import Estimator, NormTable, batches_of, check_estimator
 from pliant.core.cost import count_parameters, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value
@@ -117,14 +118,22 @@ class SortedNet(Dynamic):
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
-        _check_shares("width", width)
-        _check_shares("depth", depth)
-        _check_choice("mode", mode, ("sample", "sum"))
-        _check_choice("norm_stats", norm_stats, ("recalibrate", "switchable", "batch_free"))
-        _check_choice("dropout", dropout, ("keep", "scale", "off"))
-        for name, number in (("accumulate", accumulate), ("calibration_batches", calibration_batches)):
-            if number < 1:
-                raise ValueError(f"{name}: {number} is not a positive number")
+        check.module("model", model)
+        width, depth = _shares("width", width), _shares("depth", depth)
+        check.optional(check.sequence, "indices", indices, lambda n, v: check.mapping(n, v, check.number))
+        check.whole("accumulate", accumulate, at_least=1)
+        check.choice("mode", mode, ("sample", "sum"))
+        check.optional(check.sequence, "weights", weights, lambda n, v: check.number(n, v, at_least=0))
+        check.boolean("replay", replay)
+        check.boolean("always_full", always_full)
+        check.choice("norm_stats", norm_stats, ("recalibrate", "switchable", "batch_free"))
+        check.whole("calibration_batches", calibration_batches, at_least=1)
+        check.choice("dropout", dropout, ("keep", "scale", "off"))
+        check.names("exclude", exclude)
+        check.whole("divisor", divisor, at_least=1)
+        check.optional(check.names, "stacks", stacks)
+        check.seed("seed", seed)
+        check.optional(check.function, "criterion", criterion)
         self.width, self.depth = tuple(sorted(set(width))), tuple(sorted(set(depth)))
         self.accumulate, self.mode, self.replay, self.always_full = accumulate, mode, replay, always_full
         self.norm_stats, self.calibration_batches, self.dropout = norm_stats, calibration_batches, dropout
@@ -222,12 +231,17 @@ class SortedNet(Dynamic):
         if self.norm_stats == "recalibrate":
             self.norms.stale()
         if self.mode == "sum":
+            value = torch.stack([loss(out, y, self.criterion) for out in self.all_outputs(x)]).mean()
             self.active = list(self._points)
-            return torch.stack([loss(out, y, self.criterion) for out in self.all_outputs(x)]).mean()
-        parts = self._parts(x, y)
-        drawn = self.draw(len(parts))
+            return value
+        parts, draws = self._parts(x, y), self.draws.clone()
+        try:
+            drawn = self.draw(len(parts))
+            losses = [loss(self._run(b, xj), yj, self.criterion) for b, (xj, yj) in zip(drawn, parts, strict=True)]
+        except BaseException:  # the next call draws the same ones again
+            self.draws.copy_(draws)
+            raise
         self.active += drawn
-        losses = [loss(self._run(b, xj), yj, self.criterion) for b, (xj, yj) in zip(drawn, parts, strict=True)]
         return torch.stack(losses).mean()
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
@@ -429,13 +443,8 @@ class _Replay(nn.Module):
         return self.output
 
 
-def _check_shares(name: str, shares: Sequence[float]) -> None:
-    if not shares or any(not 0 < s <= 1 for s in shares):
-        raise ValueError(f"{name}: {tuple(shares)} must be numbers in (0, 1]")
-    if 1 not in shares:
-        raise ValueError(f"{name}: {tuple(shares)} must contain 1, the full network")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+def _shares(name: str, shares: Any) -> tuple[float, ...]:
+    found = check.sequence(name, shares, lambda n, v: check.number(n, v, above=0, at_most=1))
+    if 1 not in found:
+        raise check.wrong(name, shares, "shares in (0, 1], with 1, the full network, among them")
+    return found

@@ -52,6 +52,7 @@ import fnmatch
 import itertools
 import math
 import operator
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -68,6 +69,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
+from pliant.core import check
 from pliant.core.calibration import NormTable, batches_of
 from pliant.core.cost import count_flops, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value
@@ -89,6 +91,7 @@ from pliant.core.inputs import (
     to_device,
 )
 from pliant.core.objective import Criterion, hard_distillation, loss
+from pliant.core.objective import distillation as soft_distillation
 from pliant.core.stacks import find_stacks
 
 Shape = tuple[int, ...]
@@ -608,6 +611,8 @@ class StitchNet(Dynamic):
         stride: s, blocks from one window to the next.
         direction: "fast-to-slow" (the paper's), "slow-to-fast" or "both".
         nearest: stitch only networks that are neighbours in cost. False adds the other pairs and chains of three.
+        order: of the ids of hierarchical networks: "pairs" of networks one after the other, or "stages", all pairs of
+            the first stage before those of the second, as published checkpoints have them. Layers are numbered alike.
         stages: which stages of hierarchical networks are stitched: "all", "swin" (without the last), "resnet"
             (without the first and the last) or a list of numbers.
         repeats: keep paired stitches with k <= j; by default as in the paper, in flat networks and not in stages.
@@ -619,8 +624,9 @@ class StitchNet(Dynamic):
         train_anchors: train the anchors along with the stitching layers; False freezes them; patterns of parameter
             names (fnmatch) freeze all others. What is frozen stays in evaluation mode.
         anchor_lr_scale: learning rate of the anchors as a share of the layers' (Swin in the paper: 0.1).
-        teacher: a network whose hard predictions are learned as well; it is not saved.
+        teacher: a network whose predictions are learned as well; it is not saved.
         teacher_weight: t in the loss above.
+        distillation: the teacher's "hard" predictions (classes), or its "soft" ones (probabilities).
         calibration_batches: batches that ``finish`` estimates BatchNorm statistics on.
         seed: of the layers' random start and of the sampler. Draw number n is a function of (seed, n), so
             that all ranks of a parallel run draw alike.
@@ -646,6 +652,7 @@ class StitchNet(Dynamic):
         stride: int = 1,
         direction: Literal["fast-to-slow", "slow-to-fast", "both"] = "fast-to-slow",
         nearest: bool = True,
+        order: Literal["pairs", "stages"] = "pairs",
         stages: Literal["all", "swin", "resnet"] | Sequence[int] = "all",
         repeats: bool | None = None,
         stitches: Sequence[Sequence[int]] | None = None,
@@ -655,26 +662,36 @@ class StitchNet(Dynamic):
         anchor_lr_scale: float = 1.0,
         teacher: nn.Module | None = None,
         teacher_weight: float = 0.5,
+        distillation: Literal["hard", "soft"] = "hard",
         calibration_batches: int = 16,
         seed: int = 0,
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("window", window), ("stride", stride), ("calibration_batches", calibration_batches)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise ValueError(f"{name}: {number!r} is not allowed; a whole number of 1 or more")
-        if direction not in ("fast-to-slow", "slow-to-fast", "both"):
-            raise ValueError(f"direction: {direction!r} is not one of 'fast-to-slow', 'slow-to-fast', 'both'")
-        if not (math.isfinite(anchor_lr_scale) and anchor_lr_scale > 0):
-            raise ValueError(f"anchor_lr_scale: {anchor_lr_scale} is not allowed; a finite number above 0")
-        if not 0 <= teacher_weight <= 1:
-            raise ValueError(f"teacher_weight: {teacher_weight} is not in [0, 1]")
+        if not (blocks is None or isinstance(blocks, str) or callable(blocks)):
+            check.names("blocks", blocks, empty=False)
+        check.whole("window", window, at_least=1)
+        check.whole("stride", stride, at_least=1)
+        check.choice("direction", direction, ("fast-to-slow", "slow-to-fast", "both"))
+        check.boolean("nearest", nearest)
+        check.choice("order", order, ("pairs", "stages"))
+        if not isinstance(stages, str):
+            check.sequence("stages", stages, lambda n, v: check.whole(n, v, at_least=0))
+        check.optional(check.boolean, "repeats", repeats)
+        check.optional(check.sequence, "stitches", stitches, _check_seam)
         if adapter is not None and adapter != "resize" and not callable(adapter):
-            raise ValueError(
-                f"adapter: {adapter!r} is not allowed; 'resize', or a function from two shapes to a module"
-            )
-        if teacher is not None and not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher: expected an nn.Module, got {type(teacher).__name__}")
+            raise check.wrong("adapter", adapter, "'resize', or a function from two shapes to a module", TypeError)
+        if not isinstance(channels_last, bool):
+            check.optional(check.sequence, "channels_last", channels_last, check.boolean)
+        if not isinstance(train_anchors, bool):
+            check.names("train_anchors", train_anchors)
+        check.positive("anchor_lr_scale", anchor_lr_scale)
+        check.optional(check.module, "teacher", teacher)
+        check.share("teacher_weight", teacher_weight)
+        check.choice("distillation", distillation, ("hard", "soft"))
+        check.whole("calibration_batches", calibration_batches, at_least=1)
+        check.seed("seed", seed)
+        check.optional(check.function, "criterion", criterion)
         networks = _sequence_of_networks(anchors)
         if channels_last is None or isinstance(channels_last, bool):
             last: list[bool | None] = [channels_last] * len(networks)
@@ -682,9 +699,10 @@ class StitchNet(Dynamic):
             last = list(channels_last)
         else:
             raise ValueError(f"channels_last: {len(channels_last)} values for {len(networks)} anchors")
-        order = _by_cost(networks, example)
-        networks, self._channels_last = [networks[i] for i in order], [last[i] for i in order]
+        ranks = _by_cost(networks, example)
+        networks, self._channels_last = [networks[i] for i in ranks], [last[i] for i in ranks]
         self.blocks, self.window, self.stride, self.direction, self.nearest = blocks, window, stride, direction, nearest
+        self.order, self.distillation = order, distillation
         self.stages = stages if isinstance(stages, str) else [int(s) for s in stages]
         self.repeats, self.adapter, self.channels_last = repeats, adapter, channels_last
         self.stitches = None if stitches is None else [[int(v) for v in s] for s in stitches]
@@ -702,6 +720,7 @@ class StitchNet(Dynamic):
         self._outlines = [self._outline(m) for m in range(len(networks))]
         self._cuts: dict[tuple[int, bool], _Cut] = {}
         self._programs: dict[Any, _Program] = {}
+        self._one_at_a_time = threading.RLock()
         with evaluating(self.body):
             self.configurations = self._enumerate()
             self._seams: dict[int, _Seam] = {}
@@ -741,8 +760,11 @@ class StitchNet(Dynamic):
     def _outline(self, m: int) -> _Outline:
         """The blocks of anchor m, stage by stage."""
         network = self.body.anchors[m]
-        found = self.blocks(network) if callable(self.blocks) else self.blocks
         who = _who(m, network)
+        try:
+            found = self.blocks(network) if callable(self.blocks) else self.blocks
+        except Exception as error:  # a function of the caller's own may raise anything
+            raise ValueError(f"blocks: called with {who} it raised {first_line(error)}") from error
         if found is None:
             names = list(find_stacks(network, self.example))
             if not names:
@@ -804,19 +826,22 @@ class StitchNet(Dynamic):
         ways["both"] = ways["fast-to-slow"] + ways["slow-to-fast"]
         chosen, layer = self._chosen_stages(len(depths[0])), 0
         for pairs in ways[self.direction]:
-            seams: dict[tuple[int, int], list[Stitch]] = {}
-            for a, b in pairs:
-                seams[a, b] = []
-                for s in chosen:
-                    fresh = self._stage(depths[a][s], depths[b][s], hierarchical=len(depths[0]) > 1)
-                    seams[a, b] += [Stitch(a, b, s, j, k, layer + n) for j, k, n in fresh]
-                    layer += len({n for _, _, n in fresh})
-                if not seams[a, b]:
+            seams: dict[tuple[int, int], list[Stitch]] = {pair: [] for pair in pairs}
+            places = [(pair, s) for pair in pairs for s in chosen]
+            if self.order == "stages":
+                places.sort(key=lambda place: place[1])
+            for (a, b), s in places:
+                stitches = self._stage(depths[a][s], depths[b][s], hierarchical=len(depths[0]) > 1)
+                fresh = [Stitch(a, b, s, j, k, layer + n) for j, k, n in stitches]
+                layer += len({n for _, _, n in stitches})
+                seams[a, b] += fresh
+                found += [Configuration(len(found) + n, (a, b), (seam,)) for n, seam in enumerate(fresh)]
+            for (a, b), between in seams.items():
+                if not between:
                     raise ValueError(
                         f"blocks: anchors {a} and {b} have no stitch between them, with {depths[a]} and {depths[b]} "
                         f"blocks in the stages {chosen} that are stitched"
                     )
-                found += [Configuration(len(found) + n, (a, b), (s,)) for n, s in enumerate(seams[a, b])]
             if not self.nearest:
                 for (a, b), (c, d) in itertools.product(seams, seams):
                     if b == c:
@@ -852,8 +877,6 @@ class StitchNet(Dynamic):
 
     def _given(self, given: Sequence[int], layer: int, depths: Sequence[Sequence[int]], number: int) -> Configuration:
         """A seam that the caller listed, checked."""
-        if len(given) not in (4, 5):
-            raise ValueError(f"stitches: {tuple(given)} is neither (front, back, j, k) nor (front, back, stage, j, k)")
         a, b, s, j, k = given if len(given) == 5 else (*given[:2], 0, *given[2:])
         if not (0 <= a < len(depths) and 0 <= b < len(depths)) or a == b:
             raise ValueError(f"stitches: {tuple(given)} must name two different anchors of 0..{len(depths) - 1}")
@@ -918,7 +941,8 @@ class StitchNet(Dynamic):
                 raise ValueError(
                     f"anchors: after block {s.j} of anchor {s.front} (stage {s.stage}) the features have shape "
                     f"{front}, before block {s.k} of anchor {s.back} {back}; their {here} and {there} positions "
-                    "differ. Give adapter='resize', or adapter=lambda front, back: module, which gives features of the "
+                    "differ. Give channels_last= where their channels were taken for positions, "
+                    f"adapter='resize', or adapter=lambda front, back: module, which gives features of the "
                     "first shape the positions of the second"
                 )
             if self.adapter == "resize":
@@ -1028,6 +1052,14 @@ class StitchNet(Dynamic):
 
     def loss(self, batch: Batch) -> Tensor:
         """The objective of the module's docstring (a scalar) at a path drawn anew; in evaluation mode at ``point``."""
+        draws = self.draws.clone()
+        try:
+            return self._loss(batch)
+        except BaseException:  # the next call draws the same path again
+            self.draws.copy_(draws)
+            raise
+
+    def _loss(self, batch: Batch) -> Tensor:
         x, y = split_batch(batch)
         if self.training:
             if not self._warned and self.configurations[-1].stitches and not self.initialized:
@@ -1044,8 +1076,11 @@ class StitchNet(Dynamic):
             teacher = self.teacher.to(device_of(self))
             with torch.no_grad(), evaluating(teacher):
                 told = call(teacher, x)
-            hard = hard_distillation(output, told, y, self.criterion)
-            value = (1 - self.teacher_weight) * value + self.teacher_weight * hard
+            if self.distillation == "soft":
+                imitation = soft_distillation(output, told, y, criterion=self.criterion)
+            else:
+                imitation = hard_distillation(output, told, y, self.criterion)
+            value = (1 - self.teacher_weight) * value + self.teacher_weight * imitation
         return value
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
@@ -1315,8 +1350,13 @@ class StitchNet(Dynamic):
         return self._programs[key]
 
     def _run(self, point: Point, x: Input) -> Tensor:
-        out: Tensor = self._execute(self._program(point), point, x)
-        return out
+        # Tracing looks at every module that runs meanwhile, and statistics take the places of the body's own for one
+        # run; other threads wait for both.
+        with self._one_at_a_time:
+            program = self._program(point)
+            if program.norms:
+                return self._execute(program, point, x)  # type: ignore[no-any-return]
+        return self._execute(program, point, x)  # type: ignore[no-any-return]
 
     def _execute(self, program: _Program, point: Point, x: Input) -> Any:
         args, kwargs = _unpacked(x)
@@ -1347,11 +1387,12 @@ class StitchNet(Dynamic):
         return {p: dict(self._costs[int(p["stitch"])]) for p in self._points}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the traced graphs and generated code, which are made again when they are needed."""
-        return {**self.__dict__, "_cuts": {}, "_programs": {}}
+        """Without the traced graphs and generated code, which are made again when they are needed, and the lock."""
+        return {k: v for k, v in self.__dict__.items() if k != "_one_at_a_time"} | {"_cuts": {}, "_programs": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._one_at_a_time = threading.RLock()
         self._norm_names = {id(self.body.get_submodule(name)): name for name in self.norms.columns}
 
     def extra_repr(self) -> str:
@@ -1361,6 +1402,14 @@ class StitchNet(Dynamic):
 
 
 # -- small things -----------------------------------------------------------------------------------------------------
+
+
+def _check_seam(name: str, seam: Any) -> tuple[int, ...]:
+    """(front, back, j, k) or (front, back, stage, j, k)."""
+    found = check.sequence(name, seam, lambda n, v: check.whole(n, v, at_least=-check.LARGEST))
+    if len(found) not in (4, 5):
+        raise check.wrong(name, seam, "(front, back, j, k) or (front, back, stage, j, k)")
+    return found
 
 
 def _body_names(kind: str, index: int, rest: str) -> str:
@@ -1422,12 +1471,11 @@ def _children(network: nn.Module, name: str, who: str) -> list[nn.Module]:
 def _sequence_of_networks(anchors: Any) -> list[nn.Module]:
     if isinstance(anchors, nn.Module) and not isinstance(anchors, nn.ModuleList):
         raise TypeError(f"anchors: expected a sequence of networks, got one {type(anchors).__name__}")
-    if not isinstance(anchors, Iterable):
-        raise TypeError(f"anchors: expected a sequence of networks, got {type(anchors).__name__}")
-    networks = list(anchors)
-    for network in networks:
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"anchors: expected networks (nn.Module), got a {type(network).__name__}")
+    networks = list(
+        check.sequence(
+            "anchors", list(anchors) if isinstance(anchors, nn.ModuleList) else anchors, check.module, empty=True
+        )
+    )
     if len(networks) < 2:
         raise ValueError(f"anchors: {len(networks)} network; two or more are needed to stitch")
     if len({id(n) for n in networks}) < len(networks):

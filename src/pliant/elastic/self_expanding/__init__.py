@@ -68,8 +68,8 @@ Where the sources are silent or wrong, and what is done:
   *mean* of the old ones, gamma sqrt(n / (n + C)) and eps n / (n + C) the old channels come out as before, exactly. Such
   units are constant at the start, so that Delta' = 0: they are never proposed, but ``widen`` can add them.
 - Growth in several processes is refused: the ranks would have to agree on it.
-- Samples to score are the last ones that ``loss`` saw in training mode since the last check. A run resumed in the
-  middle of an epoch has fewer of them; give ``score_data`` where it must be exact.
+- Samples to score are the last ones that ``loss`` saw in training mode since the last check. Checkpoints of ``fit``
+  hold them, so that a resumed run checks the same ones; a network saved in evaluation mode does not.
 
 The chapters: ``scores`` (what an addition is worth), ``surgery`` (how a network grows and keeps its function),
 ``proposals`` (what could be added), ``network`` (``SelfExpanding``, which decides), ``secnn`` (SECNN's start model).

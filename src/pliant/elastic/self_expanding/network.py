@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
+from pliant.core import check
 from pliant.core.cost import count_parameters, flops_per_sample
 from pliant.core.dynamic import Dynamic, Point, Value, inner_optimizer
 from pliant.core.inputs import (
@@ -42,9 +43,7 @@ from pliant.elastic.self_expanding.scores import (
     SCORES,
     Geometry,
     Seen,
-    check_number,
-    check_one_of,
-    check_whole,
+    counted_rows,
     criterion_of,
     diag_score,
     geometry_of,
@@ -183,36 +182,54 @@ class SelfExpanding(Dynamic):
         criterion: Criterion | None = None,
     ) -> None:
         super().__init__()
+        check.module("model", model)
+        check.choice("rule", rule, ("senn", "secnn"))
         secnn_rule = rule == "secnn"
-        for name, value, allowed in (
-            ("rule", rule, ("senn", "secnn")), ("score", score, SCORES), ("metric", metric, METRICS),
-            ("increase", increase, ("bound", "schur")), ("identity", identity, ("dirac", "split")),
-            ("activation", activation, ("prelu", "leaky")),
-        ):  # fmt: skip
-            check_one_of(name, value, allowed)
+        check.choice("score", score, SCORES)
+        check.choice("metric", metric, METRICS)
+        check.choices("actions", actions, ("units", "layers"))
+        if not (isinstance(tau, float) and tau == math.inf):  # at which nothing grows
+            check.optional(check.number, "tau", tau, at_least=0)
+        check.number("alpha", alpha)
+        check.whole("units", units, at_least=1, at_most=10_000)
+        check.whole("every", every, at_least=1)
+        check.optional(check.whole, "cooldown", cooldown, at_least=0)
+        check.optional(check.whole, "per_check", per_check, at_least=1)
+        check.optional(check.mapping, "capacity", capacity, lambda n, v: check.whole(n, v, at_least=0, at_most=10**18))
+        check.optional(check.choice, "init", init, INITS)
+        check.whole("proposals", proposals, at_least=1, at_most=100_000)
+        check.whole("proposal_steps", proposal_steps, at_least=0)
+        check.number("proposal_lr", proposal_lr, at_least=0)
+        check.positive("temperature", temperature)
+        check.number("noise", noise, at_least=0)
+        check.choice("increase", increase, ("bound", "schur"))
+        check.choice("identity", identity, ("dirac", "split"))
+        check.choice("activation", activation, ("prelu", "leaky"))
+        check.number("slope", slope, at_least=0)
+        check.whole("kernel", kernel, at_least=1, at_most=1001)
+        check.positive("layer_cost", layer_cost)
+        check.optional(check.names, "layers_behind", layers_behind)
+        check.optional(check.names, "sites", sites)
+        check.number("penalty", penalty, at_least=0)
+        check.number("damping", damping, at_least=0)
+        check.optional(check.number, "eps", eps, at_least=0)
+        check.whole("score_samples", score_samples, at_least=1, at_most=10**9)
+        if score_data is not None:
+            check.instance("score_data", score_data, tuple, list, Mapping, allowed="a batch, or None")
+            if not isinstance(score_data, Mapping) and len(score_data) != 2:
+                raise check.wrong("score_data", score_data, "a batch (input, target), or a mapping with 'labels'")
+            if isinstance(score_data, Mapping) and "labels" not in score_data:
+                raise check.wrong("score_data", score_data, "a batch (input, target), or a mapping with 'labels'")
+        check.names("exclude", exclude)
+        check.seed("seed", seed)
+        self._criterion = criterion_of(criterion)
+        if kernel % 2 == 0:
+            raise check.wrong("kernel", kernel, "an odd number, which has a centre")
         self.init = init if init is not None else "noise" if secnn_rule else "optimized"
-        check_one_of("init", self.init, INITS)
-        self.tau = tau if tau is not None else 2.0 if secnn_rule else 1.15
+        self.tau = float(tau) if tau is not None else 2.0 if secnn_rule else 1.15
         self.cooldown = cooldown if cooldown is not None else 10 if secnn_rule else 0
         self.per_check = per_check
-        self.eps = eps if eps is not None else 1e-3 if score == "exact" else 1e-5
-        for name, number, least in (
-            ("tau", self.tau, 0.0), ("alpha", alpha, -math.inf), ("proposal_lr", proposal_lr, 0.0),
-            ("noise", noise, 0.0),
-            ("temperature", temperature, 1e-12), ("layer_cost", layer_cost, 1e-12), ("penalty", penalty, 0.0),
-            ("damping", damping, 0.0), ("eps", self.eps, 0.0), ("slope", slope, 0.0),
-        ):  # fmt: skip
-            check_number(name, number, least=least)
-        for name, count, low in (
-            ("units", units, 1), ("every", every, 1), ("cooldown", self.cooldown, 0), ("proposals", proposals, 1),
-            ("proposal_steps", proposal_steps, 0), ("kernel", kernel, 1), ("score_samples", score_samples, 1),
-            ("per_check", 1 if self.per_check is None else self.per_check, 1),
-        ):  # fmt: skip
-            check_whole(name, count, low)
-        if kernel % 2 == 0:
-            raise ValueError(f"kernel: {kernel} is even; an odd one has a centre")
-        if isinstance(actions, str) or not actions or set(actions) - {"units", "layers"}:
-            raise ValueError(f"actions: {actions!r} is not allowed; a sequence of 'units', 'layers'")
+        self.eps = float(eps) if eps is not None else 1e-3 if score == "exact" else 1e-5
         if identity == "split" and score != "kfac":
             raise ValueError("identity: 'split' changes the weights of the layer behind; use score='kfac'")
         if increase == "schur" and score != "kfac":
@@ -228,7 +245,6 @@ class SelfExpanding(Dynamic):
         self.sites = None if sites is None else tuple(sites)
         self.score_samples, self.score_data, self.exclude = score_samples, score_data, tuple(exclude)
         self.seed, self.criterion = seed, criterion
-        self._criterion = criterion_of(criterion)
         check_example(model, example)
         self.example = example
         self.model = model
@@ -265,9 +281,9 @@ class SelfExpanding(Dynamic):
     def loss(self, batch: Batch) -> Tensor:
         """The criterion of the live network on one batch (a scalar), whatever stage is in use."""
         x, y = split_batch(batch)
+        value = loss(call(self.model, x), y, self._criterion)
         if self.training and self.score_data is None:
             self._remember(x, y)
-        value = loss(call(self.model, x), y, self._criterion)
         return value.mean() if value.ndim else value
 
     def extract(self, point: Mapping[str, Value]) -> nn.Module:
@@ -315,12 +331,16 @@ class SelfExpanding(Dynamic):
         return self
 
     def structure(self) -> dict[str, Any]:
-        """The expansions made, the log, and the slopes of LeakyReLUs."""
+        """The expansions made, the log, the slopes of LeakyReLUs, and in training the samples for the next check."""
         networks = [*self.stages, self.model]
         slopes = [
             {n: m.negative_slope for n, m in net.named_modules() if isinstance(m, nn.LeakyReLU)} for net in networks
         ]
-        return {"ops": copy.deepcopy(self.ops), "history": copy.deepcopy(self.history), "slopes": slopes}
+        samples = [[x, y] for x, y in self._recent] if self.training else []
+        return {
+            "ops": copy.deepcopy(self.ops), "history": copy.deepcopy(self.history), "slopes": slopes,
+            "samples": samples,
+        }  # fmt: skip
 
     def restructure(self, structure: dict[str, Any]) -> None:
         """Make the same expansions again, without their weights.
@@ -341,6 +361,7 @@ class SelfExpanding(Dynamic):
                 join_groups(optimizer, fresh)
             self.ops.append(copy.deepcopy(op))
         self.history = copy.deepcopy(structure["history"])
+        self._recent = [(x, y) for x, y in structure.get("samples", [])]
         for network, slopes in zip([*self.stages, self.model], structure["slopes"], strict=True):
             for name, slope in slopes.items():
                 cast(nn.LeakyReLU, network.get_submodule(name)).negative_slope = float(slope)
@@ -357,10 +378,9 @@ class SelfExpanding(Dynamic):
         return list(self._found)
 
     def _check_capacity(self) -> None:
-        for name, limit in self.capacity.items():
+        for name in self.capacity:
             if name not in CAPACITIES:
                 raise ValueError(f"capacity: unknown {name!r}; allowed: {', '.join(CAPACITIES)}")
-            check_whole(f"capacity[{name!r}]", limit, 0)
         now: dict[str, int] = {"parameters": count_parameters(self.model)}
         if "flops" in self.capacity:
             now["flops"] = self._flops(self.model)
@@ -446,6 +466,17 @@ class SelfExpanding(Dynamic):
             raise RuntimeError("growth in several processes is not supported: train in one, or use a stage as it is")
         known = self._known_optimizer(optimizer)
         batch = self._score_batch(data)
+        recent, clock, slopes = self._recent, self.clock.clone(), [a.negative_slope for a in self._leaky()]
+        try:
+            return self._maybe(batch, known)
+        except BaseException:  # the next call asks the same question again
+            self._recent = recent
+            self.clock.copy_(clock)
+            for act, slope in zip(self._leaky(), slopes, strict=False):
+                act.negative_slope = slope
+            raise
+
+    def _maybe(self, batch: tuple[Input, Any], known: Optimizer | None) -> Expansion | None:
         self._recent = []
         self.clock[0] += 1
         calls, last = int(self.clock[0]), int(self.clock[1])
@@ -496,7 +527,7 @@ class SelfExpanding(Dynamic):
         x, y = _joined([x for x, _ in parts]), _joined([y for _, y in parts])
         kept = slice(-self.score_samples, None) if source is None else slice(0, self.score_samples)
         device = device_of(self.model)
-        return to_device(take(x, kept), device), to_device(take(y, kept), device)
+        return counted_rows(to_device(take(x, kept), device), to_device(take(y, kept), device))
 
     def _remember(self, x: Input, y: Any) -> None:
         self._recent.append((x, y))
@@ -743,9 +774,9 @@ class SelfExpanding(Dynamic):
         Raises:
             ValueError: there is no such set (the message says why, where that is known), or an argument is not allowed.
         """
-        check_one_of("init", init, INITS)
+        check.choice("init", init, INITS)
         count = self.units if count is None else count
-        check_whole("count", count, 1)
+        check.whole("count", count, at_least=1, at_most=10_000)
         known = self._known_optimizer(optimizer)
         blocks = [b for b in [*self._blocks(), *([s] for s in self.growing())] if any(s.name == where for s in b)]
         if not blocks:
@@ -868,10 +899,13 @@ class SelfExpanding(Dynamic):
     def _decay_slopes(self) -> None:
         """LeakyReLUs of added layers go from slope 1 to ``slope`` in equal steps, one at each check."""
         step = (1 - self.slope) / max(self.cooldown, 1)
-        for unit in self._added_units:
-            act = unit._modules.get("act")
-            if isinstance(act, nn.LeakyReLU):
-                act.negative_slope = max(self.slope, act.negative_slope - step)
+        for act in self._leaky():
+            act.negative_slope = max(self.slope, act.negative_slope - step)
+
+    def _leaky(self) -> list[nn.LeakyReLU]:
+        """The LeakyReLUs of added layers."""
+        acts = (unit._modules.get("act") for unit in self._added_units)
+        return [act for act in acts if isinstance(act, nn.LeakyReLU)]
 
     def extra_repr(self) -> str:
         """The rule, the score, the stages."""

@@ -189,7 +189,10 @@ class _Probe:
         """a_p at every consumer: (N, Q * D', H, W) or (N, ..., Q * D'), D' = C * positions of a channel."""
         self.missing = {id(self.stations[n]) for n in self.consumers}
         for name, (weight, bias) in rows.items():
-            self.stations[name].new_rows = (weight.flatten(0, 2), None if bias is None else bias.flatten(0, 2))
+            like = self.stations[name].output
+            self.stations[name].new_rows = (
+                weight.flatten(0, 2).to(like), None if bias is None else bias.flatten(0, 2).to(like)
+            )  # fmt: skip
         with suppress(_EnoughError):
             call(self.network, self.x)
         found = {}
@@ -321,15 +324,16 @@ def _affordable(block: Sequence[Site], seen: Seen) -> int:
 def _draw(
     block: Sequence[Site], seen: Seen, tried: int, count: int, generator: torch.Generator, chained: set[str]
 ) -> Rows:
-    """Directions of first incoming weights, N(0, 1)."""
+    """Directions of first incoming weights, N(0, 1), in float32 at least: Adam's squares are too small for less."""
     rows: Rows = {}
     for side in (s for site in block for s in site.producers):
         if side.module in chained:
             continue
         g, a = seen.geometry[side.module], seen.inputs[side.module]
         shape = (a.shape[g.dim], *g.kernel) if g.conv else (a.shape[-1],)
-        w = torch.randn((len(side.runs), tried, count, *shape), generator=generator).to(a)
-        b = torch.randn((len(side.runs), tried, count), generator=generator).to(a) if g.bias else None
+        kind = torch.promote_types(a.dtype, torch.float32)
+        w = torch.randn((len(side.runs), tried, count, *shape), generator=generator).to(a.device, kind)
+        b = torch.randn((len(side.runs), tried, count), generator=generator).to(a.device, kind) if g.bias else None
         rows[side.module] = (w, b)
     return rows
 
@@ -448,6 +452,7 @@ def _white(cross: Tensor, gram: Tensor, whitening: Tensor, damping: float) -> Te
 def _spread(geometry: Geometry, a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D) and covariance (D, D) of a layer's patches."""
     p = geometry.patches(a).flatten(0, 1)
+    p = p.to(torch.promote_types(p.dtype, torch.float32))
     mean = p.mean(0)
     return mean, (p - mean).T @ (p - mean) / len(p)
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
+from pliant.core import check
 from pliant.core.inputs import (
+    IGNORED,
     Batch,
     Input,
     call,
@@ -29,6 +31,7 @@ from pliant.core.inputs import (
     removing,
     rows_of,
     split_batch,
+    take,
 )
 from pliant.core.objective import Criterion, cross_entropy
 
@@ -176,7 +179,13 @@ def _outer_gradient(criterion: Criterion, output: Tensor, target: Any) -> Tensor
     Raises:
         ValueError: the criterion has no loss for each sample, or it is not finite.
     """
-    out = output.detach().requires_grad_()
+    half = output.dtype in (torch.float16, torch.bfloat16)
+    out = (output.detach().float() if half else output.detach()).requires_grad_()
+    return _row_gradients(criterion, out, target).to(output.dtype)
+
+
+def _row_gradients(criterion: Criterion, out: Tensor, target: Any) -> Tensor:
+    """``_outer_gradient`` for an output that is a leaf."""
     with torch.enable_grad():
         whole = criterion(out, target)
         if not isinstance(whole, Tensor) or whole.ndim > 1 or (whole.ndim == 1 and len(whole) != len(out)):
@@ -189,11 +198,12 @@ def _outer_gradient(criterion: Criterion, output: Tensor, target: Any) -> Tensor
             (found,) = torch.autograd.grad(whole.sum(), out)
             return finite(found, "the gradient of the loss")
 
-        soft = criterion is cross_entropy and isinstance(target, Tensor) and target.is_floating_point()
-        one = F.cross_entropy if soft else criterion  # that such targets are probabilities was seen on all of them
+        if criterion is cross_entropy:  # a mean over what counts, in which no row sees another
+            (found,) = torch.autograd.grad(whole, out)
+            return finite(found * len(out), "the gradient of the loss")
 
         def single(o: Tensor, t: Any) -> tuple[Tensor, Tensor]:
-            value = one(o[None], map_tensors(t, lambda v: v[None])).sum()
+            value = criterion(o[None], map_tensors(t, lambda v: v[None])).sum()
             return value, value
 
         try:
@@ -263,6 +273,22 @@ def sample_rows(model: nn.Module, x: Input, criterion: Criterion, y: Any, metric
                 ) from error
     rows = torch.cat([v.reshape(len(outer), -1) for v in found.values()], 1)
     return finite(rows.detach(), "a sample's gradient"), None
+
+
+def counted_rows(x: Input, y: Any) -> tuple[Any, Any]:
+    """The batch without the samples whose targets are all ignored (-100): they have no loss.
+
+    Raises:
+        ValueError: no sample is left.
+    """
+    if not isinstance(y, Tensor) or y.is_floating_point() or y.is_complex() or y.ndim == 0 or len(y) != rows_of(x):
+        return x, y
+    counted = (y != IGNORED).reshape(len(y), -1).any(1)
+    if bool(counted.all()):
+        return x, y
+    if not bool(counted.any()):
+        raise ValueError("data: every target of the samples to score is -100, which does not count")
+    return take(x, counted), y[counted]
 
 
 @contextmanager
@@ -513,12 +539,12 @@ def natural_expansion_score(
         ValueError: an argument is not allowed, the loss has no per-sample gradients, or something is not finite.
         TypeError: ``criterion`` is a loss that was computed already.
     """
-    check_one_of("fisher", fisher, SCORES)
-    check_one_of("metric", metric, METRICS)
+    check.choice("fisher", fisher, SCORES)
+    check.choice("metric", metric, METRICS)
     chosen = {"exact": 1e-3, "diag": 1e-5, "kfac": 0.1}[fisher] if damping is None else damping
-    check_number("damping", chosen, least=0.0)
+    check.number("damping", chosen, at_least=0)
     chosen_criterion = criterion_of(criterion)
-    x, y = split_batch(batch)
+    x, y = counted_rows(*split_batch(batch))
     with keeping_random_state():
         if fisher == "kfac":
             seen = observe(model, x, y, chosen_criterion, metric=metric)
@@ -538,27 +564,5 @@ def criterion_of(criterion: Criterion | None) -> Criterion:
             f"criterion: got a tensor of shape {tuple(criterion.shape)}, a loss already reduced; per-sample gradients "
             "are needed, so give the function criterion(output, target) itself"
         )
-    if criterion is not None and not callable(criterion):
-        raise TypeError(f"criterion: expected a function of (output, target), got {type(criterion).__name__}")
+    check.optional(check.function, "criterion", criterion)
     return criterion or cross_entropy
-
-
-# -- checks of arguments ----------------------------------------------------------------------------------------------
-
-
-def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """``value`` is one of ``allowed``, or an error that names it."""
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not allowed; one of {', '.join(allowed)}")
-
-
-def check_number(name: str, value: Any, *, least: float) -> None:
-    """``value`` is a number of ``least`` or more, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        raise ValueError(f"{name}: {value!r} is not allowed; a number of {least:g} or more")
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """``value`` is a whole number of ``least`` or more, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: {value!r} is not allowed; a whole number of {least} or more")
