@@ -423,7 +423,9 @@ def table(done: Comparison) -> list[dict[str, str]]:
                 {
                     "network": result.name,
                     "trained in": training,
-                    "front": "".join(w for w, c in (("F", "flops"), ("T", "latency")) if (result.name, point) in fronts[c]),
+                    "front": "".join(
+                        w for w, c in (("F", "flops"), ("T", "latency")) if (result.name, point) in fronts[c]
+                    ),
                     "point": short_point(point),
                     title: shown_quality(m["quality"], metric, sign="")
                     + (f" ± {shown_quality(spread, metric, sign='')}" if spread else ""),

@@ -60,7 +60,9 @@ class Curve:
     def front(self) -> list[int]:
         """Indices of the points that no cheaper one of the curve equals, from the cheapest: those a line may join."""
         best, kept = float("-inf"), []
-        for i in sorted(range(len(self.x)), key=lambda i: (self.x[i], self.y[i] if self.lower_is_better else -self.y[i])):
+        for i in sorted(
+            range(len(self.x)), key=lambda i: (self.x[i], self.y[i] if self.lower_is_better else -self.y[i])
+        ):
             gain = -self.y[i] if self.lower_is_better else self.y[i]
             if gain > best:
                 best = gain
