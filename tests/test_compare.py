@@ -114,7 +114,7 @@ def test_the_sparsity_family_on_your_own_network_and_what_does_not_fit_it(own: P
     assert "no convolution" in found["skipped"]["ftwt"]  # a network of linear layers
     saved = {p.name for p in (own / "out" / "networks").iterdir()}
     assert {"rd-pruning", "rd-pruning-global", "dsnot", "structured-pruning-adapters", "dsl-sparsity=0.8"} <= saved
-    assert {"consensus-subnetwork-sparsity=0.25", "consensus-subnetwork-sparsity=0.5"} <= saved
+    assert {"consensus-subnetwork-keep=0.75", "consensus-subnetwork-keep=0.5"} <= saved
     again = run("compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "1", "--methods", "ftwt")
     assert again.exit_code == 1  # asked for alone, it is an error
 

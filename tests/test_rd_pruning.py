@@ -1186,20 +1186,24 @@ def test_the_quantum_can_be_chosen_and_the_progress_be_silent(monkeypatch: Any, 
     assert "plan" in capfd.readouterr().err
 
 
-def test_a_model_with_several_predictions_is_told_what_it_needs() -> None:
+def test_of_several_predictions_all_numbers_move_together() -> None:
     class Two(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, together: bool) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 2)
+            torch.manual_seed(4)
+            self.body, self.a, self.b, self.together = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 4), together
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.a(x), self.b(x)
+        def forward(self, x: Tensor) -> Any:
+            y = torch.tanh(self.body(x))
+            a, b = self.a(y), self.b(y).view(-1, 2, 2)
+            return torch.cat([a, b.flatten(1)], 1) if self.together else {"classes": a, "boxes": b}
 
-    x = torch.randn(5, 4)
-    with pytest.raises(TypeError, match=r"model: allocation='rd' measures how far one prediction moves.*'lamp'"):
-        RDPruning(Two(), x, sparsity=0.5)
-    net = RDPruning(Two(), x, sparsity=0.5, allocation="lamp")
-    assert len(net.extract({"sparsity": 0.5})(x)) == 2
+    x = torch.randn(5, 6)
+    parted, joined = (RDPruning(Two(t), x, sparsity=0.6, points=12) for t in (False, True))
+    point = {"sparsity": 0.6}
+    assert torch.equal(parted.use(point)(x)["classes"], joined.use(point)(x)[:, :3])
+    assert torch.equal(parted(x)["boxes"].flatten(1), joined(x)[:, 3:])
+    assert parted.sparsity_of(point) == joined.sparsity_of(point) > 0.4
 
 
 @pytest.mark.slow

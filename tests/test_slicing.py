@@ -388,7 +388,7 @@ def test_forwards_that_cannot_be_used_are_refused() -> None:
         Slicing(Dictionary(), torch.randn(2, 4))
     with pytest.raises(TypeError, match=r"an nn\.Module"):
         Slicing("net", torch.randn(2, 4))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no elements"):
+    with pytest.raises(ValueError, match="has no rows"):
         Slicing(nn.Linear(4, 2), torch.randn(0, 4))
 
 

@@ -284,7 +284,9 @@ def write(done: Comparison, folder: Path) -> None:
             entry = next((e for e in catalog.METHODS if e.name == type(inner).__name__), None)
             if entry is not None and isinstance(inner, Dynamic):
                 suffix = "" if getattr(inner, "allocation", "rd") == "rd" else f"-{inner.allocation}"
-                suffix += f"-{short_point(inner.points()[0])}" if len(parts) > 1 else ""
+                if len(parts) > 1:  # one training each: by what was asked for, which tells them apart
+                    asked = f"keep={inner.keep:g}" if hasattr(inner, "keep") else short_point(inner.points()[0])
+                    suffix += f"-{asked}"
                 save(inner, folder / "networks" / (entry.slug + suffix))
 
 

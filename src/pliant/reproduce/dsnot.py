@@ -33,7 +33,7 @@ STEPS, BATCH, LENGTH, RATE = 1_500, 16, 64, 3e-3
 WIDTH, LAYERS = 96, 2
 NETWORKS: tuple[language.Kind, ...] = ("llama", "opt")
 CALIBRATION, TEST = 64, 512
-STARTS = ("magnitude", "wanda", "sparsegpt")
+STARTS = ("magnitude", "wanda", "sparsegpt-score")
 SPARSITY, PATTERN = (0.6, 0.7), ("2:4",)
 ARMS: dict[str, dict[str, Any]] = {
     "start": {"cycles": 0},

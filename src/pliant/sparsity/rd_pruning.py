@@ -78,6 +78,7 @@ from pliant.core.inputs import (
     logits,
     map_tensors,
     packed,
+    predictions,
     rows_of,
     split_batch,
     take,
@@ -323,7 +324,11 @@ def _distortion(
 
 def _answer(model: nn.Module, x: Input) -> tuple[Tensor, Tensor | None]:
     """The logits, zero at positions that do not count, and the mask (B, T) of those that do."""
-    y = logits(call(model, x))
+    output = call(model, x)
+    try:
+        y = logits(output)
+    except TypeError:  # several predictions: what moves is all of their numbers together
+        return torch.cat([t.flatten(1) for t in predictions(output).values()], 1), None
     counted = answer_mask(model, x, y)
     return (
         (y, None)
@@ -664,7 +669,7 @@ class RDPruning(Dynamic):
         self.criterion = check.optional(check.function, "criterion", criterion)
         self.example, self.calibration = example, calibration
         self._data = _calibration(calibration, example)
-        _check_answers(model, self._data[0], allocation)
+        _check_answers(model, self._data[0])
 
         weights = masks.prunable(model, include, exclude, example)
         uses = masks.multiply_adds(model, weights, example)
@@ -1168,21 +1173,13 @@ def _calibration(calibration: Any, example: Input) -> list[Input]:
     return found
 
 
-def _check_answers(model: nn.Module, x: Input, allocation: str) -> None:
-    """The model takes the calibration data, and its answer is one tensor where its movement is to be measured."""
+def _check_answers(model: nn.Module, x: Input) -> None:
+    """The model takes the calibration data."""
     with evaluating(model), torch.no_grad():
         try:
-            answer = call(model, to_device(take(x, slice(0, 1)), device_of(model)))
+            call(model, to_device(take(x, slice(0, 1)), device_of(model)))
         except Exception as error:  # a model of the caller's own may raise anything
             raise ValueError(f"calibration: the model does not accept it: {first_line(error)}") from error
-    if allocation == "rd":
-        try:
-            logits(answer)
-        except TypeError as error:
-            raise TypeError(
-                f"model: allocation='rd' measures how far one prediction moves; {first_line(error).split('; ')[0]}. "
-                "Wrap the model so that it returns one tensor, or take another allocation, such as 'lamp'"
-            ) from error
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
