@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,26 @@ def test_saved_and_loaded_it_answers_and_learns_alike(case: Case, tmp_path: Path
         value.backward()
         gradients.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None} | {"loss": value})
     assert differences(*gradients) == []
+
+
+def test_what_load_is_given_goes_before_what_is_in_the_files(tmp_path: Path) -> None:
+    case = CASES[0]
+    pliant.save(trained(case), tmp_path / "net")
+    example = torch.rand(3, 1, 6, 6)
+    again = pliant.load(tmp_path / "net", **case.first(), accumulate=2, example=example)
+    assert again.arguments()["accumulate"] == 2
+    assert torch.equal(again.example, example)
+    assert again.arguments()["calibration_batches"] == case.options["calibration_batches"]
+
+
+def test_a_criterion_that_files_cannot_hold_is_asked_for(tmp_path: Path) -> None:
+    case = CASES[0]
+    pliant.save(case.build(criterion=nn.CrossEntropyLoss()), tmp_path / "net")
+    with pytest.warns(UserWarning, match="criterion: the saved network had one of its own"):
+        pliant.load(tmp_path / "net", **case.first())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pliant.load(tmp_path / "net", **case.first(), criterion=nn.CrossEntropyLoss())
 
 
 @every_case

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from pliant import cli, compare, recipes, report, tasks
+from pliant import Frontier, Point, cli, compare, recipes, report, tasks
+from pliant.core.frontier import Row
 from pliant.reproduce import reproduce
 
 CODE = """
@@ -77,6 +82,76 @@ def test_compare_on_your_own_network(own: Path) -> None:
     plain = torch.export.load(own / "out" / "best.pt2").module()
     assert plain(torch.randn(5, 6)).shape == (5, 3)
     assert not list((own / "out").glob(".*"))  # no half-written files
+
+
+MINE = ["compare", "--model", "mine:network", "--data", "mine:loaders", "--epochs", "1", "--methods", "sortednet"]
+
+
+def test_a_budget_by_time_is_met_and_what_to_take_is_said(own: Path) -> None:
+    result = run(*MINE, "--budget", "latency=1.5")
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    assert "the full network: flops=" in shown
+    assert "its smallest slice (width=0.25 depth=1): flops=" in shown
+    assert "best within latency <= 1.5" in shown
+    assert "fastest without loss on validation: " in shown
+    assert "front" in shown
+    # Costs rise from the slice to the whole, as told before anything was trained.
+    task = compare.own_task("mine:network", "mine:loaders")
+    full, small = (dict(p.split("=") for p in line.split(": ")[1].split()) for line in compare.reach(task))
+    for cost in ("flops", "parameters", "bytes"):
+        assert float(small[cost]) < float(full[cost])
+
+
+def test_a_budget_that_nothing_meets_tells_the_smallest_of_all_behind_the_table(own: Path) -> None:
+    result = run(*MINE, "--budget", "latency=0.000001")
+    assert result.exit_code == 1
+    assert "SortedNet (one training)" in result.output  # the table
+    found = json.loads((own / "out" / "results.json").read_text())
+    least = min(row["latency"] for r in found["results"] for f in r["test"] for row in f)
+    assert f"budget: no point fits latency=1e-06; the smallest measured here: latency {least:g}" in str(
+        result.exception
+    )
+
+
+def test_fronts_and_recommendation_are_the_brute_force_ones() -> None:
+    def row(name: str, quality: float, flops: int, latency: float) -> Row:
+        point = Point(at=name)
+        return Row(point, quality, flops, flops, flops, 4 * flops, latency, latency, latency, True)
+
+    rows = [row("a", 0.5, 10, 0.3), row("b", 0.7, 20, 0.6), row("c", 0.6, 15, 0.7), row("d", 0.89, 25, 0.5)]
+    base = [row("full", 0.9, 40, 1.0)]
+    done = compare.Comparison(cast(Any, None), networks={"ours": cast(Any, None), "baseline": cast(Any, None)})
+    for name, kind, found in (("baseline", "baseline", base), ("ours", "method", rows)):
+        untimed = tuple(replace(r, latency=math.nan) for r in found)
+        done.results.append(
+            compare.Result(
+                name, cast(Any, kind), "sortednet", [Frontier(untimed)], [Frontier(tuple(found))], seconds=[1.0]
+            )
+        )
+    marks = {(r["network"], r["point"]): r["front"] for r in compare.table(done)}
+    assert marks == {
+        ("baseline", "at=full"): "FT", ("ours", "at=a"): "FT", ("ours", "at=b"): "F", ("ours", "at=c"): "F",
+        ("ours", "at=d"): "FT",
+    }  # fmt: skip
+    told = compare.recommendation(done)
+    assert told[0] == "fastest without loss on validation: the baseline; no point here is faster"
+    assert told[1].startswith("fastest within one hundredth on validation: the baseline")  # 0.89 < 0.9 * 0.99
+    assert done.best(latency=0.55).row.point == Point(at="d")
+    done.results[1].validation[0] = Frontier(tuple(replace(r, quality=r.quality + 0.05) for r in rows))
+    assert compare.recommendation(done)[0].startswith("fastest without loss on validation: ours at at=d, 89.0 %")
+
+
+def test_the_line_of_a_curve_joins_what_no_cheaper_point_equals() -> None:
+    curve = report.Curve("x", (1.0, 2.0, 3.0, 3.0, 4.0), (5.0, 4.0, 6.0, 7.0, 7.0), (0.0,) * 5)
+    assert curve.front() == [0, 3]
+    assert replace(curve, lower_is_better=True).front() == [0, 1]
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    found = subprocess.run([sys.executable, "-m", "pliant", "list"], capture_output=True, text=True, check=False)
+    assert found.returncode == 0
+    assert "sortednet" in found.stdout
 
 
 def test_the_elastic_family_on_your_own_network(own: Path) -> None:

@@ -96,6 +96,48 @@ def test_flops_count_what_ran_not_what_might_have() -> None:
     assert cost.count_flops(lambda: Branch()(x)).total == 3 * 2 * 64
 
 
+def test_flops_are_those_of_evaluation_whatever_the_mode() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.auxiliary = nn.Linear(4, 3, bias=False), nn.Linear(4, 50, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.auxiliary(x)
+            out: Tensor = self.used(x)
+            return out
+
+    net = Net().train()
+    assert cost.flops_per_sample(net, torch.randn(5, 4)).total == 2 * 4 * 3
+    assert net.training
+    data = [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))]
+    [row] = measure(net, data, repeats=0)
+    assert row.flops == 2 * 4 * 3
+    assert (row.point, row.static) == (Point(network="Net"), True)
+    assert net.training
+
+
+def test_each_of_two_that_are_timed_runs_first_every_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs second finds a warm machine: a clock on which the second of a pair takes half as long tells."""
+    ran: list[str] = []
+    ratio = cost.time_ratio(lambda: ran.append("a"), lambda: ran.append("b"), repeats=4)
+    assert ratio.median > 0
+    pairs = ["".join(ran[i : i + 2]) for i in range(len(ran) % 2, len(ran), 2)][-4:]
+    assert sorted(pairs) == ["ab", "ab", "ba", "ba"], ran
+    now = [0.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    turn = [0]
+
+    def work(seconds: float) -> None:
+        turn[0] += 1
+        now[0] += seconds * (0.5 if turn[0] % 2 == 0 else 1.0)
+
+    found = cost.time_ratio(lambda: work(3.0), lambda: work(1.0), repeats=8)
+    assert found.low == pytest.approx(1.5)
+    assert found.high == pytest.approx(6.0)
+
+
 def test_parameters_and_bytes_count_tied_ones_once() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     model[1].weight = model[0].weight

@@ -24,7 +24,7 @@ from pliant.core import persistence, training
 from pliant.core.dynamic import Dynamic, Point
 from pliant.core.objective import cross_entropy
 from pliant.core.persistence import SavedFileError, read_folder
-from pliant.core.training import DivergedError, fit
+from pliant.core.training import DivergedError, fit, onecycle
 
 torch.set_num_threads(1)
 
@@ -501,6 +501,25 @@ def test_what_another_tool_wrote_under_a_checkpoint_s_name_is_never_touched(tmp_
         fit(make(), loader(), epochs=3, progress=False, checkpoint=tmp_path, checkpoint_every=2, resume=resume)
     assert {p.name for p in tmp_path.iterdir()} == before
     assert {p.name for p in foreign.iterdir()} == set(files)
+
+
+def test_workers_that_outlive_an_epoch_are_told_where_a_run_is_to_be_resumed(tmp_path):
+    data = TensorDataset(*batches(1)[0])
+    with pytest.warns(UserWarning, match="train: persistent_workers=True"):
+        fit(
+            make(), DataLoader(data, 8, num_workers=1, persistent_workers=True), epochs=1, progress=False,
+            checkpoint=tmp_path,
+        )  # fmt: skip
+
+
+def test_the_one_cycle_rises_in_a_quarter_and_falls_from_the_peak() -> None:
+    assert onecycle(0.0) == pytest.approx(0.04)
+    assert onecycle(0.125) == pytest.approx(0.52)
+    assert onecycle(0.25) == pytest.approx(1.0)
+    assert onecycle(0.2499999) == pytest.approx(onecycle(0.25), abs=1e-5)
+    assert onecycle(0.625) == pytest.approx(0.5)
+    assert onecycle(0.5) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+    assert onecycle(1.0) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_an_error_gives_the_network_back_with_its_modes_and_setting(monkeypatch):

@@ -119,7 +119,12 @@ def compare(
             status.stop()
             log_console.print(f"interrupted; what was finished is in {out}")
             raise typer.Exit(130) from None
-    winner = done.best(**limits) if limits else None
+    try:
+        winner = done.best(**limits) if limits else None
+    except ValueError:  # nothing fits: what was measured is shown all the same
+        if not as_json:
+            _print_table(job.table(done))
+        raise
     if as_json:
         typer.echo(json.dumps(done.to_dict() | ({"winner": _winner(winner)} if winner else {}), indent=1))
     else:

@@ -206,6 +206,12 @@ def fit(
             "processes": accelerator.num_processes,
         }
         store = _Store(Path(checkpoint), identity, run) if checkpoint is not None else None
+        if store is not None and getattr(train, "persistent_workers", False):
+            warnings.warn(
+                "train: persistent_workers=True keeps the workers' random state from epoch to epoch, so a data set "
+                "with random augmentation is not resumed bit by bit; without it, it is",
+                stacklevel=2,
+            )
         if store is not None:
             if resume:
                 store.restore()
