@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 import re
 import shutil
 import sys
@@ -27,6 +28,7 @@ from pliant.core.persistence import read_folder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import arguments
+import damage
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_method = pytest.mark.parametrize("case", list({c.slug: c for c in reversed(CASES)}.values()), ids=str)
@@ -162,6 +164,34 @@ def test_saved_twice_and_copied_it_is_the_same(case: Case, tmp_path: Path) -> No
     twin, x = copy.deepcopy(net), case.inputs()
     for point in net.points():
         assert torch.equal(answers(net.use(point), x), answers(twin.use(point), x)), point
+
+
+@every_method
+def test_damaged_and_hostile_files_are_told(case: Case, tmp_path: Path) -> None:
+    """A sample of what scripts/damage.py does in thousands: the same network, another one, or a documented error."""
+    net = trained(case)
+    pliant.save(net, tmp_path / "whole")
+    wanted = answers(net, case.inputs())
+    for i in range(20):
+        shutil.copytree(tmp_path / "whole", tmp_path / "try" / "net")
+        how = damage.damage(tmp_path / "try" / "net", random.Random(f"{case} {i}"))
+        kind, message = damage.trial(case, tmp_path / "try" / "net", wanted, checkpoint=False)
+        assert kind in ("same", "other", "told"), f"{how}: {message}"
+        shutil.rmtree(tmp_path / "try")
+
+
+@every_method
+def test_damaged_and_hostile_checkpoints_are_told(case: Case, tmp_path: Path) -> None:
+    net = case.build()
+    train(net, case, checkpoint=tmp_path / "whole")
+    first = min((tmp_path / "whole").iterdir())
+    wanted = answers(net, case.inputs())
+    for i in range(6):
+        shutil.copytree(first, tmp_path / "try" / first.name)
+        how = damage.damage(tmp_path / "try" / first.name, random.Random(f"{case} {i}"))
+        kind, message = damage.trial(case, tmp_path / "try" / first.name, wanted, checkpoint=True)
+        assert kind in ("same", "other", "told"), f"{how}: {message}"
+        shutil.rmtree(tmp_path / "try")
 
 
 # Values of which none is ever right, and which arguments must not swallow; scripts/arguments.py tries forty.

@@ -524,7 +524,8 @@ def _arguments(
     signature = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     names = {p.name for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     extra = _under(_EXTRA, tensors)
-    if not isinstance(manifest.get("given", []), list):
+    listed = manifest.get("given", [])
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise DamagedError(f"{where}: its list of given arguments is none")
     arguments = unpack(manifest.get("arguments", {}), extra)
     if not isinstance(arguments, dict):

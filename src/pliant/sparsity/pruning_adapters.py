@@ -314,9 +314,8 @@ class _Setting(nn.Module):
         self.task = task
         self.kept: dict[str, tuple[int, ...]] = {}  # of the groups that lost channels
         self.stored: dict[str, tuple[int, ...]] = {}
-        self.index: dict[
-            str, dict[int, Tensor]
-        ] = {}  # of its own tensors: the kept ones among the stored, by dimension
+        # Of its own tensors, by dimension: the kept positions among the stored.
+        self.index: dict[str, dict[int, Tensor]] = {}
         self.cuts: dict[str, _Cut] = {}  # of the adapters
         self.network: SubNetwork | None = None  # built when it first runs
         self.running = _Skeletons()
