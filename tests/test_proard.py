@@ -151,6 +151,16 @@ def test_1_extract_is_bit_identical(make: Any) -> None:
     assert not any(type(m).__name__ == "SubNetwork" for m in plain.modules())
 
 
+def test_1_deployed_is_calibrated_and_extracted() -> None:
+    net = elastic_mobile()
+    with torch.no_grad():
+        for matrix in net.matrices.values():
+            matrix.normal_()
+    for point in (net.space.smallest, net.space.largest):
+        net.calibrate(X, points=[point])
+        assert torch.equal(net.deployed(point, X)(X), net.extract(point)(X))
+
+
 # -- 2, 3 -------------------------------------------------------------------------------------------------------------
 
 
@@ -786,7 +796,7 @@ def layers_by_the_rule(point: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return table | {"head": (10, c)}
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=5)
 @given(seed=st.integers(0, 2**31))
 def test_14_every_layer_of_every_student_has_the_size_of_the_rule(seed: int) -> None:
     net = papers_network()
