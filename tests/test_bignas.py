@@ -432,6 +432,27 @@ def test_calibration_is_pure() -> None:
     torch.testing.assert_close(first, net.norms.mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["cumulative", "ofa", "pooled"])
+def test_calibration_estimators_by_hand_with_dropout_off(estimator: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    x = torch.randn(16, 1, 6, 6)
+    net = BigNAS(model, x[:2], width=(0.5, 1.0), estimator=estimator).train()
+    net.calibrate([(x[:10], None), (x[10:], None)])
+    dims = (0, 2, 3)
+    for point in net.points():
+        plain: Any = net.extract(point)
+        parts = plain[0](x).split([10, 6])
+        means = torch.stack([p.mean(dims) for p in parts])
+        variances = torch.stack([p.var(dims, correction=estimator == "cumulative") for p in parts])
+        share = torch.tensor([[10], [6]]) / 16 if estimator != "cumulative" else torch.tensor([[0.5], [0.5]])
+        var = (share * variances).sum(0) if estimator != "pooled" else plain[0](x).var(dims, correction=0)
+        torch.testing.assert_close(plain[2].running_mean, (share * means).sum(0))
+        torch.testing.assert_close(plain[2].running_var, var)
+
+
 def test_training_leaves_the_shared_buffers_alone() -> None:
     net = _resnet()
     before = {n: b.clone() for n, b in net.model.named_buffers() if "running" in n}
@@ -446,6 +467,8 @@ def test_uncalibrated_children_refuse() -> None:
     small = net.points()[0]
     with pytest.raises(RuntimeError, match="have not been estimated"):
         net.use(small)(x)
+    with pytest.raises(RuntimeError, match="have not been estimated"):
+        net.loss(_batch(net))
     with pytest.raises(RuntimeError, match="have not been estimated"):
         net.extract(small)
     net.finish(_data(net))

@@ -225,6 +225,14 @@ def test_7_every_row_is_in_one_part() -> None:
     assert (x.grad.abs().sum(1) > 0).all()  # type: ignore[union-attr]
 
 
+def test_7_no_part_is_a_single_row_where_a_norm_needs_two() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    net = SortedNet(model, X[:2], width=(0.5, 1.0), accumulate=4)
+    assert [len(a) for a, _ in net._parts(X[:5], Y[:5])] == [2, 3]
+    assert net.loss((X[:3], Y[:3])).isfinite()
+    assert [len(a) for a, _ in sorted_mlp()._parts(X[:3], Y[:3])] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("depth", [False, True])
 def test_8_the_mean_over_draws_is_the_gradient_of_the_sum(depth: bool) -> None:
     def make(**options: Any) -> SortedNet:
