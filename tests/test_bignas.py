@@ -713,6 +713,17 @@ def _target(net: BigNAS) -> Any:
     return metric
 
 
+def test_a_mutation_moves_each_coordinate_to_another_choice() -> None:
+    space, generator = _MOBILE.space, torch.Generator().manual_seed(0)
+    assert any(len(c.choices) == 2 for c in space.coordinates.values())
+    for _ in range(40):
+        point = space.sample(generator)
+        assert space.mutate(point, 0.0, generator) == point
+        moved = space.mutate(point, 1.0, generator)
+        assert moved in space
+        assert all(moved[n] != point[n] for n, c in space.coordinates.items() if len(c.choices) > 1)
+
+
 def test_fine_search_is_monotone_and_inside_the_budget() -> None:
     net = _resnet(width=(0.25, 0.5, 0.75, 1.0), resolution=(8, 12))
     limit = 0.5 * net.axes.flops(net.space.largest)

@@ -680,6 +680,21 @@ def test_12_senn_decides_by_layer_and_divides_layers_by_their_cost():
     assert rule._decide(4.0, [large, big], 1.0) == (big, True, "accepted")
 
 
+def test_12_senn_compares_with_the_layer_and_secnn_with_the_network():
+    for name in ("mlp", "residual"):
+        eta, seen, candidates = grown(name, init="random").candidates(data(name))
+        layers = {n: scores.layer_moments(seen, n).score(0.1) for n in seen.inputs}
+        assert eta == pytest.approx(sum(layers.values()))
+        readers = {s.name: [c.module for c in s.consumers] for s in grown(name).growing()}
+        assert {c.kind for c in candidates} == {"units", "layer"}
+        for c in candidates:
+            own = sum(layers[n] for n in (readers[c.where] if c.kind == "units" else [c.where]))
+            assert c.reference == pytest.approx(own)
+            assert c.ratio == pytest.approx((own + c.delta / (20 if c.kind == "layer" else 1)) / own)
+    eta, _, candidates = grown("mlp", rule="secnn", init="random").candidates(data("mlp"))
+    assert all(c.reference == eta for c in candidates)
+
+
 def test_12_alpha_is_relative_to_the_bound_of_the_score():
     """eta <= E|g_y|^2 in the metric of the outputs: alpha is a share of that."""
     x, y = data("mlp")
