@@ -744,6 +744,21 @@ def test_fine_search_is_monotone_and_inside_the_budget() -> None:
     assert accepted[-1].quality > best  # width 6 is in no network-wide pattern of two widths
 
 
+def test_fine_search_keeps_to_the_budget_where_dearer_children_are_better() -> None:
+    net = _resnet(width=(0.25, 0.5, 0.75, 1.0))
+    data, limits = _data(net, 1), {"flops": 0.5 * net.axes.flops(net.space.largest), "parameters": 1000}
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        return net.axes.flops(net.point)
+
+    found = net.search(data, data, trials=12, mutate=0.5, metric=metric, lower_is_better=False, batches=1, **limits)
+    for trial in found.trials:
+        assert trial.flops <= limits["flops"]
+        assert net.axes.parameters(trial.point) <= 1000
+    assert net.axes.flops(found.best) == max(t.flops for t in found.trials)
+    assert found.trials[-1].stage == "fine"
+
+
 def test_the_coarse_grid_of_the_paper() -> None:
     net = _mobile(resolution=(6, 8, 10, 12, 14))
     assert len(grid(net.space, {"resolution": 5, "depth": 4, "width": 2, "kernel": 4, "expansion": 2})) == 160
