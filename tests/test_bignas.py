@@ -740,6 +740,8 @@ def test_fine_search_is_monotone_and_inside_the_budget() -> None:
     assert front[-1] == net.space.largest
     for point in front:
         net.extract(point)  # all have statistics
+    for kept in (t for t in found.trials if t.point in front[:-1]):
+        assert not any(t.quality > kept.quality and t.flops <= kept.flops for t in found.trials)
     best = max(t.quality for t in found.trials if t.stage == "coarse")
     assert accepted[-1].quality > best  # width 6 is in no network-wide pattern of two widths
 
@@ -757,6 +759,9 @@ def test_fine_search_keeps_to_the_budget_where_dearer_children_are_better() -> N
         assert net.axes.parameters(trial.point) <= 1000
     assert net.axes.flops(found.best) == max(t.flops for t in found.trials)
     assert found.trials[-1].stage == "fine"
+    again = net.search(data, data, trials=5, metric=metric, lower_is_better=True, batches=1, **limits)
+    assert net.axes.flops(again.best) == min(t.flops for t in again.trials)
+    assert net.points()[0] == again.best
 
 
 def test_the_coarse_grid_of_the_paper() -> None:

@@ -404,6 +404,29 @@ def test_8_trades(rows: int, classes: int, beta: float, seed: int) -> None:
     torch.testing.assert_close(robust, beta * (p * (p / q).log()).sum(1).mean(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "elementwise"])
+def test_8_the_teachers_phase_is_trades_with_the_options_of_the_network(reduction: Any) -> None:
+    net = small(beta=2.0, reduction=reduction).train()
+    model, under = copy.deepcopy(net.model).train(), net._attacked(net.space.largest)
+    with torch.no_grad():
+        clean = under(X)
+    moved = net.attack.attack(kl_objective(under, clean), X, generator=net.generator(0, 0))
+    natural, attacked = model(X), model(moved)
+    divergence = F.kl_div(attacked.log_softmax(1), natural.softmax(1), reduction="batchmean")
+    expected = F.cross_entropy(natural, Y) + 2.0 * divergence / (4 if reduction == "elementwise" else 1)
+    torch.testing.assert_close(net.loss((X, Y)), expected)
+
+
+@pytest.mark.parametrize("objective", ["rslad", "adaad"])
+def test_7_the_students_loss_has_the_reduction_of_the_network(objective: Any) -> None:
+    values = []
+    for reduction in ("batchmean", "elementwise"):
+        net = small(objective=objective, reduction=reduction, pretrain=False).train()
+        values.append(net.loss((X, Y)))
+    torch.testing.assert_close(values[0], 4 * values[1])
+    assert values[0] > 1e-4
+
+
 def test_8_the_other_losses_by_their_equations() -> None:
     s, a, t, u = (torch.randn(5, 3, dtype=torch.float64) for _ in range(4))
     y = torch.tensor([0, 1, 2, 0, 1])

@@ -821,8 +821,10 @@ def test_dropout_of_the_outer_forward_follows_the_mode():
     assert torch.equal(net(x), net(x))
     net.train()
     assert not torch.equal(net(x), net(x))
+    plain = net.extract(net.point)  # in evaluation mode, whatever this network's is
     net.eval()
     assert torch.equal(net(x), net.extract(net.point)(x))
+    assert torch.equal(net(x), plain(x))
 
 
 class InPlace(MLP):
