@@ -764,6 +764,23 @@ def test_fine_search_keeps_to_the_budget_where_dearer_children_are_better() -> N
     assert net.points()[0] == again.best
 
 
+def test_fine_search_goes_on_from_the_best_child() -> None:
+    net = _resnet(width=(0.25, 0.5, 0.75, 1.0), per_block=("expansion",))
+    data, one = _data(net, 1), {"width": 1, "depth": 1, "expansion": 1}
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        return sum(float(v) for v in net.point.values())
+
+    found = net.search(
+        data, data, trials=6, mutate=0.01, coarse=one, metric=metric, lower_is_better=True, batches=1, flops=1e12
+    )
+    best = found.trials[0].point
+    for trial in found.trials[1:]:
+        assert sum(trial.point[n] != best[n] for n in best) == 1
+        best = trial.point if trial.accepted else best
+    assert sum(t.accepted for t in found.trials) > 3
+
+
 def test_the_coarse_grid_of_the_paper() -> None:
     net = _mobile(resolution=(6, 8, 10, 12, 14))
     assert len(grid(net.space, {"resolution": 5, "depth": 4, "width": 2, "kernel": 4, "expansion": 2})) == 160

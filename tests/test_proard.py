@@ -427,6 +427,19 @@ def test_7_the_students_loss_has_the_reduction_of_the_network(objective: Any) ->
     assert values[0] > 1e-4
 
 
+def test_8_adaad_asks_the_teacher_on_both_inputs() -> None:
+    net = small(objective="adaad", alpha=0.5, pretrain=False).train()
+    student, teach = net.student(0, 1), net._teach()
+    under = net._attacked(student)
+
+    def divergence(v: Tensor, ours: Tensor, reduction: str) -> Tensor:
+        return F.kl_div(ours.log_softmax(1), teach(v).log_softmax(1), reduction=reduction, log_target=True)
+
+    moved = net.attack.attack(lambda v: divergence(v, under(v), "sum"), X, generator=net.generator(0, 1))
+    expected = sum(0.5 * divergence(v, net._logits(student, v), "batchmean") for v in (X, moved))
+    torch.testing.assert_close(net.loss((X, Y)), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_8_the_other_losses_by_their_equations() -> None:
     s, a, t, u = (torch.randn(5, 3, dtype=torch.float64) for _ in range(4))
     y = torch.tensor([0, 1, 2, 0, 1])
@@ -612,6 +625,7 @@ def test_11_the_frozen_teacher_never_changes() -> None:
 def test_11_the_live_teacher_is_the_largest_sub_network() -> None:
     net = small(teacher="live").train()
     net.enter("width")
+    net.use(net.space.smallest)  # whatever is in use
     assert net.frozen is None
     reference = copy.deepcopy(net.model).train()
     state = copy.deepcopy(net.state_dict())
