@@ -21,7 +21,7 @@ import pliant
 from pliant.core.cost import flops_per_sample
 from pliant.core.dynamic import Point, Value
 from pliant.core.slicing import Slicing
-from pliant.core.spaces import Axes
+from pliant.core.spaces import Axes, Coordinate, Space
 from pliant.core.training import fit
 from pliant.elastic.bignas import (
     PAPER_ROWS,
@@ -432,6 +432,27 @@ def test_calibration_is_pure() -> None:
     torch.testing.assert_close(first, net.norms.mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["cumulative", "ofa", "pooled"])
+def test_calibration_estimators_by_hand_with_dropout_off(estimator: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    x = torch.randn(16, 1, 6, 6)
+    net = BigNAS(model, x[:2], width=(0.5, 1.0), estimator=estimator).train()
+    net.calibrate([(x[:10], None), (x[10:], None)])
+    dims = (0, 2, 3)
+    for point in net.points():
+        plain: Any = net.extract(point)
+        parts = plain[0](x).split([10, 6])
+        means = torch.stack([p.mean(dims) for p in parts])
+        variances = torch.stack([p.var(dims, correction=estimator == "cumulative") for p in parts])
+        share = torch.tensor([[10], [6]]) / 16 if estimator != "cumulative" else torch.tensor([[0.5], [0.5]])
+        var = (share * variances).sum(0) if estimator != "pooled" else plain[0](x).var(dims, correction=0)
+        torch.testing.assert_close(plain[2].running_mean, (share * means).sum(0))
+        torch.testing.assert_close(plain[2].running_var, var)
+
+
 def test_training_leaves_the_shared_buffers_alone() -> None:
     net = _resnet()
     before = {n: b.clone() for n, b in net.model.named_buffers() if "running" in n}
@@ -446,6 +467,8 @@ def test_uncalibrated_children_refuse() -> None:
     small = net.points()[0]
     with pytest.raises(RuntimeError, match="have not been estimated"):
         net.use(small)(x)
+    with pytest.raises(RuntimeError, match="have not been estimated"):
+        net.loss(_batch(net))
     with pytest.raises(RuntimeError, match="have not been estimated"):
         net.extract(small)
     net.finish(_data(net))
@@ -579,7 +602,7 @@ def _layers_of_the_child(point: Point) -> dict[str, tuple[int, int, int, int, in
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_layer_of_every_child_has_the_size_of_the_paper(seed: int) -> None:
     axes = _papers_axes()
     point = axes.space.canonical(axes.space.sample(torch.Generator().manual_seed(seed)))
@@ -690,6 +713,17 @@ def _target(net: BigNAS) -> Any:
     return metric
 
 
+def test_a_mutation_moves_each_coordinate_to_another_choice() -> None:
+    space, generator = _MOBILE.space, torch.Generator().manual_seed(0)
+    assert any(len(c.choices) == 2 for c in space.coordinates.values())
+    for _ in range(40):
+        point = space.sample(generator)
+        assert space.mutate(point, 0.0, generator) == point
+        moved = space.mutate(point, 1.0, generator)
+        assert moved in space
+        assert all(moved[n] != point[n] for n, c in space.coordinates.items() if len(c.choices) > 1)
+
+
 def test_fine_search_is_monotone_and_inside_the_budget() -> None:
     net = _resnet(width=(0.25, 0.5, 0.75, 1.0), resolution=(8, 12))
     limit = 0.5 * net.axes.flops(net.space.largest)
@@ -706,8 +740,45 @@ def test_fine_search_is_monotone_and_inside_the_budget() -> None:
     assert front[-1] == net.space.largest
     for point in front:
         net.extract(point)  # all have statistics
+    for kept in (t for t in found.trials if t.point in front[:-1]):
+        assert not any(t.quality > kept.quality and t.flops <= kept.flops for t in found.trials)
     best = max(t.quality for t in found.trials if t.stage == "coarse")
     assert accepted[-1].quality > best  # width 6 is in no network-wide pattern of two widths
+
+
+def test_fine_search_keeps_to_the_budget_where_dearer_children_are_better() -> None:
+    net = _resnet(width=(0.25, 0.5, 0.75, 1.0))
+    data, limits = _data(net, 1), {"flops": 0.5 * net.axes.flops(net.space.largest), "parameters": 1000}
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        return net.axes.flops(net.point)
+
+    found = net.search(data, data, trials=12, mutate=0.5, metric=metric, lower_is_better=False, batches=1, **limits)
+    for trial in found.trials:
+        assert trial.flops <= limits["flops"]
+        assert net.axes.parameters(trial.point) <= 1000
+    assert net.axes.flops(found.best) == max(t.flops for t in found.trials)
+    assert found.trials[-1].stage == "fine"
+    again = net.search(data, data, trials=5, metric=metric, lower_is_better=True, batches=1, **limits)
+    assert net.axes.flops(again.best) == min(t.flops for t in again.trials)
+    assert net.points()[0] == again.best
+
+
+def test_fine_search_goes_on_from_the_best_child() -> None:
+    net = _resnet(width=(0.25, 0.5, 0.75, 1.0), per_block=("expansion",))
+    data, one = _data(net, 1), {"width": 1, "depth": 1, "expansion": 1}
+
+    def metric(output: Tensor, target: Tensor) -> float:
+        return sum(float(v) for v in net.point.values())
+
+    found = net.search(
+        data, data, trials=6, mutate=0.01, coarse=one, metric=metric, lower_is_better=True, batches=1, flops=1e12
+    )
+    best = found.trials[0].point
+    for trial in found.trials[1:]:
+        assert sum(trial.point[n] != best[n] for n in best) == 1
+        best = trial.point if trial.accepted else best
+    assert sum(t.accepted for t in found.trials) > 3
 
 
 def test_the_coarse_grid_of_the_paper() -> None:
@@ -716,6 +787,16 @@ def test_the_coarse_grid_of_the_paper() -> None:
     kernels = {tuple(p[n] for n in ("stages.1.kernel", "stages.2.kernel")) for p in grid(net.space, {
         "resolution": 1, "depth": 1, "width": 1, "kernel": 4, "expansion": 1})}  # fmt: skip
     assert kernels == {(3, 3), (5, 5), (5, 3), (3, 5)}
+
+
+def test_the_coarse_grid_takes_the_nearest_levels() -> None:
+    """Evenly spaced levels are rounded half up; both halves of a network take the ends, in turn."""
+    for size, count, levels in ((4, 3, [0, 2, 3]), (5, 4, [0, 1, 3, 4]), (5, 3, [0, 2, 4]), (3, 1, [2])):
+        space = Space([Coordinate("width", "width", tuple(range(size)))])
+        assert [p["width"] for p in grid(space, {"width": count})] == levels
+    space = Space([Coordinate(name, "depth", (1, 2, 3)) for name in "abc"])
+    patterns = [tuple(p.values()) for p in grid(space, {"depth": 5})]
+    assert patterns == [(1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 3, 1), (1, 1, 3)]
 
 
 def test_measured_latency_budget() -> None:

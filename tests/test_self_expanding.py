@@ -33,6 +33,7 @@ from pliant.elastic.self_expanding import (
     kfac_score,
     natural_expansion_score,
     penalised,
+    proposals,
     scores,
     secnn,
     split_linear,
@@ -398,6 +399,52 @@ def test_8_factors_of_a_convolution_by_hand():
     torch.testing.assert_close(found.cross[:, :-1].reshape_as(layer.weight), layer.weight.grad / 40)
 
 
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"stride": 2, "padding": (2, 1), "dilation": (3, 1)}, {}])
+def test_8_patches_are_what_the_convolution_reads(options):
+    layer = nn.Conv2d(4, 5, (2, 3), **options).double()
+    x = torch.randn(3, 4, 9, 8).double()
+    geometry = scores.geometry_of(layer)
+    weight = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1)
+    torch.testing.assert_close(geometry.inputs(x) @ weight.T, geometry.rows(layer(x)))
+    torch.testing.assert_close(geometry.apply(x, layer.weight, layer.bias), layer(x))
+    pairs = proposals._proposed_patches(geometry, x, 2)  # two sets of two channels, positions of all samples in a row
+    parts = [w.flatten(1) @ p for w, p in zip(layer.weight.split(2, 1), pairs, strict=True)]
+    torch.testing.assert_close(sum(parts).T, geometry.rows(layer(x) - layer.bias[:, None, None]).flatten(0, 1))
+
+
+def test_8_the_metric_of_the_outputs_is_their_sum():
+    """F = J'J / N, J over samples and outputs: S is the identity at the output and W2'W2 before a linear layer."""
+    torch.manual_seed(0)
+    model, (x, y) = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).double(), data("mlp")
+    seen = scores.observe(model, x.double(), y, F.cross_entropy, metric="output")
+    torch.testing.assert_close(scores.layer_moments(seen, "1").gradients, torch.eye(3).double())
+    second = model[1].weight.detach()
+    torch.testing.assert_close(scores.layer_moments(seen, "0").gradients, second.T @ second)
+    ones = torch.cat([x.double(), torch.ones(96, 1).double()], 1)
+    rows, cotangent = scores.sample_rows(model[:1], ones[:, :6], F.cross_entropy, y, "output")
+    fisher = torch.einsum("nop,noq->pq", rows.unflatten(0, (96, 4)), rows.unflatten(0, (96, 4))) / 96
+    expected = torch.kron(torch.eye(4).double(), ones[:, :6].T @ ones[:, :6] / 96)  # of the weight, output by output
+    torch.testing.assert_close(fisher[:24, :24], expected)
+    torch.testing.assert_close(cotangent.reshape(96, 4).sum(1), torch.zeros(96).double())  # softmax - one-hot
+
+
+def test_8_damping_is_relative():
+    torch.manual_seed(0)
+    matrix = torch.randn(9, 4).double()
+    matrix = matrix.T @ matrix
+    expected = matrix + 0.1 * matrix.trace() / 4 * torch.eye(4).double()
+    torch.testing.assert_close(scores.damped(matrix, 0.1, "S"), expected)
+    cross, white = torch.randn(4, 3).double(), torch.linalg.cholesky(torch.eye(3).double() + 1)
+    value = (torch.linalg.solve(expected, cross @ white) * (cross @ white)).sum()
+    for scale in (1.0, 1e3, 1e-3):  # a_p in other units
+        found = proposals._white(scale * cross[None], scale**2 * matrix[None], white, 0.1)
+        torch.testing.assert_close(found, value[None])
+    model, batch = mlp(), data("mlp")
+    plain = natural_expansion_score(model, batch, F.cross_entropy)
+    tenfold = natural_expansion_score(model, batch, lambda out, y: 10 * F.cross_entropy(out, y))
+    assert tenfold == pytest.approx(plain, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "residual"])
 @pytest.mark.parametrize("metric", ["empirical", "output"])
 def test_8_candidates_increase_the_real_score_by_the_schur_form(name, metric):
@@ -439,6 +486,56 @@ def test_8_optimised_proposals_beat_drawn_ones():
         assert found["optimized", 30][where] > 1.05 * found["optimized", 0][where]
         assert found["mala", 30][where] > found["mala", 0][where]
         assert found["mala", 0][where] < found["optimized", 0][where]
+
+
+def test_8_proposals_are_centred_and_of_unit_variance():
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(2, 3, 3, dilation=2), 2 * torch.randn(40, 2, 8, 8) + 5
+    geometry = scores.geometry_of(layer)
+    drawn = torch.randn(1, 4, 3, 2, 3, 3), torch.randn(1, 4, 3)
+    ((w, b),) = proposals._weights({"": drawn}, {"": proposals._spread(geometry, x)}).values()
+    pre = geometry.apply(x, w.flatten(0, 2), b.flatten())
+    torch.testing.assert_close(pre.mean((0, 2, 3)), drawn[1].flatten(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pre.var((0, 2, 3), correction=0), torch.ones(12), rtol=1e-3, atol=1e-3)
+
+
+def test_8_mala_samples_its_target():
+    """Many chains on exp(Delta' / scale - |theta|^2 / 2) with a quadratic Delta': a Gaussian, so it is known."""
+    chains, scale = 20_000, 0.5
+    slope, curvature = torch.tensor([1.5, -1.0, 0.0]).double(), torch.tensor([1.0, 4.0, 0.0]).double()
+
+    def flat(rows):
+        w, b = rows["layer"]
+        return torch.cat([w[0, :, 0], b[0]], 1).double()  # (chains, 3)
+
+    def objective(rows):
+        return (slope * flat(rows) - curvature * flat(rows).square() / 2).sum(1)
+
+    start = {"layer": (torch.full((1, chains, 1, 2), 2.0), torch.full((1, chains, 1), -2.0))}
+    generator = torch.Generator().manual_seed(0)
+    found = flat(proposals._mala(start, objective, scale, 60, 0.05, generator))
+    variance = 1 / (1 + curvature / scale)
+    mean = variance * slope / scale
+    assert ((found.mean(0) - mean).abs() < 4 * (variance / chains).sqrt()).all()
+    assert ((found.var(0) / variance - 1).abs() < 4 * math.sqrt(2 / chains)).all()
+    assert (torch.corrcoef(found.T) - torch.eye(3)).abs().max() < 4 / math.sqrt(chains)
+
+
+def test_8_senn_decides_by_the_softmax_weighted_mean_of_its_proposals():
+    batch = data("mlp")
+
+    def delta(temperature):  # of two proposals, as they are drawn
+        net = grown("mlp", init="mala", proposals=2, proposal_steps=0, actions=("units",), temperature=temperature)
+        _, seen, candidates = net.candidates(batch)
+        return candidates[0].delta, scores.layer_moments(seen, "2").score(net.damping)
+
+    (largest, eta), (mean, _) = delta(1e-6), delta(1e9)
+    values = torch.tensor([largest, 2 * mean - largest]).double()
+    assert values[0] > 1.05 * values[1]
+    temperature = float(values[0] - values[1]) / eta
+    expected = (torch.softmax(values / (temperature * eta), 0) * values).sum()
+    assert delta(temperature)[0] == pytest.approx(float(expected), rel=1e-6)
+    assert float(expected) > 1.01 * mean
 
 
 def test_8_proposals_have_a_scale_that_can_be_trained():
@@ -581,6 +678,47 @@ def test_12_senn_decides_by_layer_and_divides_layers_by_their_cost():
     assert rule._decide(4.0, [small, large], 1.0)[:2] == (large, False)
     big = Candidate("layer", "d", 4.5, 4.0, 10, op)
     assert rule._decide(4.0, [large, big], 1.0) == (big, True, "accepted")
+
+
+def test_12_senn_compares_with_the_layer_and_secnn_with_the_network():
+    for name in ("mlp", "residual"):
+        eta, seen, candidates = grown(name, init="random").candidates(data(name))
+        layers = {n: scores.layer_moments(seen, n).score(0.1) for n in seen.inputs}
+        assert eta == pytest.approx(sum(layers.values()))
+        readers = {s.name: [c.module for c in s.consumers] for s in grown(name).growing()}
+        assert {c.kind for c in candidates} == {"units", "layer"}
+        for c in candidates:
+            own = sum(layers[n] for n in (readers[c.where] if c.kind == "units" else [c.where]))
+            assert c.reference == pytest.approx(own)
+            assert c.ratio == pytest.approx((own + c.delta / (20 if c.kind == "layer" else 1)) / own)
+    eta, _, candidates = grown("mlp", rule="secnn", init="random").candidates(data("mlp"))
+    assert all(c.reference == eta for c in candidates)
+
+
+def test_12_alpha_is_relative_to_the_bound_of_the_score():
+    """eta <= E|g_y|^2 in the metric of the outputs: alpha is a share of that."""
+    x, y = data("mlp")
+    for factor in (1.0, 20.0):
+        options = {"metric": "output", "tau": 1.0, "actions": ("units",), "per_check": 1, "init": "random"}
+        options["criterion"] = lambda out, y, factor=factor: factor * F.cross_entropy(out, y)
+        net = grown("mlp", **options, alpha=-1.0)
+        bound = factor**2 * (net(x).softmax(1) - F.one_hot(y, 3)).detach().square().sum(1).mean()
+        net.maybe_expand((x, y))
+        share = net.history[-1]["delta"] / float(bound)
+        assert 0 < share < 1
+        for alpha, reason in ((1.001 * share, "below alpha"), (0.999 * share, "accepted")):
+            net = grown("mlp", **options, alpha=alpha)
+            net.maybe_expand((x, y))
+            assert net.history[-1]["reason"] == reason
+
+
+def test_12_secnn_does_nothing_where_a_layer_and_units_tie():
+    net = grown("mlp", rule="secnn", score="diag", tau=1.5)
+    layer, units = (Candidate(kind, "a", 1.0, 1.0, 10, {"kind": kind}) for kind in ("layer", "units"))
+    for pair in ([layer, units], [units, layer]):
+        assert net._decide(1.0, pair, 1.0)[1:] == (False, "a layer and units score alike")
+    twin = Candidate("units", "b", 1.0, 1.0, 10, {"kind": "units"})
+    assert net._decide(1.0, [units, twin], 1.0) == (units, True, "accepted")  # two of a kind are no tie
 
 
 @pytest.mark.parametrize("score", ["kfac", "diag", "exact"])

@@ -123,6 +123,11 @@ def test_3_slice_equals_mask() -> None:
         torch.testing.assert_close(net.use(point)(X), c(hidden), atol=1e-6, rtol=0)
 
 
+def test_3_widths_are_rounded_half_up() -> None:
+    net = SortedNet(nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 4)), X[:2], width=(0.04, 0.25, 0.34, 1.0))
+    assert [net.extract(p)[0].out_features for p in net.points()] == [1, 3, 3, 10]
+
+
 def inside(net: SortedNet, point: Point) -> dict[str, Tensor]:
     net.active = [point]
     masks = net._used()
@@ -159,6 +164,24 @@ def test_5_frozen_complement() -> None:
             assert not (old[mask] == new[mask]).all()
 
 
+def test_5_frozen_complement_of_each_step() -> None:
+    """What an earlier step used is no part of this one; what was frozen outside of it stays frozen."""
+    net = sorted_mlp(accumulate=1)
+    net.model[4].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    net.freeze_inactive(optimizer)
+    for point in (FULL, Point(width=0.25, depth=1.0)):
+        net.weights = tuple(float(p == point) for p in net.points())
+        before = copy.deepcopy(net.model)
+        optimizer.zero_grad()
+        net.loss((X, Y)).backward()
+        optimizer.step()
+    for name, mask in inside(net, point).items():
+        old, new = before.get_parameter(name), net.model.get_parameter(name)
+        assert torch.equal(old[~mask], new[~mask])
+        assert torch.equal(old, new) == (name == "4.bias")
+
+
 @pytest.mark.parametrize("g", [1, 4])
 def test_6_reduces_to_ordinary_training(g: int) -> None:
     torch.manual_seed(0)
@@ -189,6 +212,25 @@ def test_7_accumulation_gives_the_gradient_of_the_big_batch() -> None:
     big = F.cross_entropy(net.use(net.points()[1])(X), Y)
     a, b = gradients(net, net.loss((X, Y))), gradients(net, big)
     assert (a - b).norm() / b.norm() < 1e-5
+
+
+def test_7_every_row_is_in_one_part() -> None:
+    x = torch.randn(11, 6, requires_grad=True)
+    net = sorted_mlp(accumulate=4)
+    parts = net._parts(x, Y[:11])
+    assert sorted(len(a) for a, _ in parts) == [2, 3, 3, 3]
+    assert torch.equal(torch.cat([a for a, _ in parts]), x)
+    assert torch.equal(torch.cat([b for _, b in parts]), Y[:11])
+    net.loss((x, Y[:11])).backward()
+    assert (x.grad.abs().sum(1) > 0).all()  # type: ignore[union-attr]
+
+
+def test_7_no_part_is_a_single_row_where_a_norm_needs_two() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    net = SortedNet(model, X[:2], width=(0.5, 1.0), accumulate=4)
+    assert [len(a) for a, _ in net._parts(X[:5], Y[:5])] == [2, 3]
+    assert net.loss((X[:3], Y[:3])).isfinite()
+    assert [len(a) for a, _ in sorted_mlp()._parts(X[:3], Y[:3])] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("depth", [False, True])
@@ -260,7 +302,9 @@ def test_10_cost_order() -> None:
     assert costs[FULL]["parameters"] == count_parameters(original)
     assert costs[FULL]["flops"] == flops_per_sample(original, net.example[:1]).total
     # by hand: an MLP of 6-16-12-4 has 2 FLOPs for each weight
-    assert sorted_mlp().costs()[FULL]["flops"] == 2 * (6 * 16 + 16 * 12 + 12 * 4)
+    for point, cost in sorted_mlp().costs().items():
+        a, b = round(16 * point["width"]), round(12 * point["width"])
+        assert cost == {"flops": 2 * (6 * a + a * b + b * 4), "parameters": 6 * a + a + a * b + b + b * 4 + 4}
 
 
 def test_11_selection() -> None:
@@ -271,6 +315,9 @@ def test_11_selection() -> None:
     assert chosen == budgets
     assert [costs[net.select(flops=b + 1)]["flops"] for b in budgets] == budgets
     assert net.select(flops=float("inf")) == FULL
+    small, large = (costs[net.points()[i]] for i in (0, 2))  # the tighter of two limits counts, whichever it is
+    assert net.select(flops=large["flops"], parameters=small["parameters"]) == net.points()[0]
+    assert net.select(flops=small["flops"], parameters=large["parameters"]) == net.points()[0]
     with pytest.raises(ValueError, match="smallest costs"):
         net.select(flops=budgets[0] - 1)
     with pytest.raises(ValueError, match="flops= or parameters="):
@@ -325,6 +372,17 @@ def test_calibration_is_the_mean_of_batch_statistics_and_leaves_dropout_off() ->
         net.calibrate([])
 
 
+def test_every_size_has_the_statistics_of_its_own_activations() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    net = SortedNet(model, X[:2], width=WIDTHS)
+    net.calibrate([(X, None)])
+    for point in net.points():
+        plain = net.extract(point)
+        torch.testing.assert_close(plain[3].running_mean, plain[:3](X).mean(0))
+        with torch.no_grad():
+            assert torch.equal(net.eval().use(point)(X), plain(X))
+
+
 def test_switchable_statistics_are_those_of_each_size() -> None:
     net = SortedNet(
         nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)),
@@ -336,6 +394,26 @@ def test_switchable_statistics_are_those_of_each_size() -> None:
     torch.testing.assert_close(net.norms.mean[0, :4], expected)
     assert torch.equal(net.norms.mean[1], full)
     net.eval().use(Point(width=0.5, depth=1.0))(X)
+
+
+@pytest.mark.parametrize("norm_stats", ["recalibrate", "switchable"])
+def test_frozen_parts_are_followed_step_by_step(norm_stats: str) -> None:
+    """A layer that the user put in evaluation mode keeps its statistics, until it is back in training mode."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    net = SortedNet(model, X[:2], width=(0.5, 1.0), norm_stats=norm_stats, accumulate=1, weights=[1, 0])
+    half, own = net.points()[0], model[1].running_mean.clone()
+    model[1].eval()
+    model[2].eval()
+    assert torch.equal(net.loss((X, Y)), net.loss((X, Y)))  # no dropout, no batch statistics
+    expected = model[3].weight[:, :4] @ model[1].eval()(model[0](X))[:, :4].T + model[3].bias[:, None]
+    torch.testing.assert_close(net.loss((X, Y)), F.cross_entropy(expected.T, Y))
+    net.calibrate([(X, Y)])
+    assert torch.equal(net.extract(half)[1].running_mean, own[:4])
+    net.train()
+    net.loss((X, Y))
+    net.calibrate([(X, Y)])
+    torch.testing.assert_close(net.extract(half)[1].running_mean, model[0](X)[:, :4].mean(0))
+    assert torch.equal(model[1].running_mean, own)
 
 
 def test_batch_free_is_checked() -> None:
@@ -360,6 +438,21 @@ def test_draws_depend_on_seed_and_number_alone() -> None:
     assert sorted_mlp(always_full=True).draw(4)[0] == FULL
 
 
+def test_a_step_that_failed_is_drawn_again() -> None:
+    def fails(output: Tensor, target: Tensor) -> Tensor:
+        raise RuntimeError("the user's own")
+
+    net = sorted_mlp()
+    for criterion in (fails, None):
+        net.criterion = criterion
+        if criterion is None:
+            net.loss((X, Y))
+        else:
+            with pytest.raises(RuntimeError, match="the user's own"):
+                net.loss((X, Y))
+    assert net.active == sorted_mlp().draw(4)
+
+
 def test_replay_runs_the_whole_batch() -> None:
     net = sorted_mlp(replay=True, accumulate=2, weights=[0, 0, 1, 0])
     single = F.cross_entropy(net.use(net.points()[2])(X), Y)
@@ -368,9 +461,9 @@ def test_replay_runs_the_whole_batch() -> None:
 
 def test_dropout_below_full_size() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.4), nn.Linear(8, 4))
-    for mode, rate in (("keep", 0.4), ("scale", 0.2), ("off", 0.0)):
-        net = SortedNet(model, X[:2], width=(0.5, 1.0), dropout=mode)
-        assert net._networks[Point(width=0.5, depth=1.0)].skeleton[1].p == pytest.approx(rate)
+    for mode, rate in (("keep", 0.4), ("scale", 0.1), ("off", 0.0)):
+        net = SortedNet(model, X[:2], width=(0.25, 1.0), dropout=mode)
+        assert net._networks[Point(width=0.25, depth=1.0)].skeleton[1].p == pytest.approx(rate)
         assert net._networks[FULL].skeleton[1].p == 0.4
 
 

@@ -445,6 +445,16 @@ def test_5_without_full_rank_the_norm_is_least_and_the_ridge_shrinks():
     torch.testing.assert_close(torch.cat([w.T, b[None]]), expected)
 
 
+def test_5_a_solution_may_be_asked_for_between_batches():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 4, dtype=torch.float64), torch.randn(30, 2, dtype=torch.float64)
+    system = NormalEquations()
+    for rows in (15, 30):
+        system.add(x[rows - 15 : rows], {0: y[rows - 15 : rows]})
+        w, b = system.solve(0)
+        torch.testing.assert_close(torch.cat([w.T, b[None]]), lstsq(x[:rows], y[:rows]), rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["tokens", "mlp", "resnets"])
 @pytest.mark.parametrize("direction", ["fast-to-slow", "slow-to-fast"])
 def test_5_7_a_layer_is_the_mean_of_the_solutions_on_what_the_blocks_see(name, direction):
@@ -811,8 +821,10 @@ def test_dropout_of_the_outer_forward_follows_the_mode():
     assert torch.equal(net(x), net(x))
     net.train()
     assert not torch.equal(net(x), net(x))
+    plain = net.extract(net.point)  # in evaluation mode, whatever this network's is
     net.eval()
     assert torch.equal(net(x), net.extract(net.point)(x))
+    assert torch.equal(net(x), plain(x))
 
 
 class InPlace(MLP):
