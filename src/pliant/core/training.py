@@ -828,7 +828,7 @@ class _Store:
             )
         else:
             structure = unpack(manifest["structure"], extra)
-            if structure != _as_read(run.net.structure()):
+            if not _same(structure, run.net.structure()):
                 run.net.restructure(structure)
                 run.net.to(run.accelerator.device)
                 run.prepare()
@@ -883,8 +883,8 @@ def _same_kind(own: Any, value: Any) -> bool:
     if isinstance(own, bool) or isinstance(value, bool):
         return isinstance(value, bool) and (own is None or isinstance(own, bool))
     if isinstance(own, int | float):
-        return isinstance(value, int | float) and abs(value) < math.inf
-    return own is None or value is None or type(own) is type(value)
+        return isinstance(value, int | float) and abs(value) < 1e15
+    return value is None or (isinstance(value, int | float | str) if own is None else type(own) is type(value))
 
 
 def _progress(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -906,9 +906,10 @@ def _progress(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return at
 
 
-def _as_read(structure: Any) -> Any:
-    """A structure as it comes back from JSON: lists and tuples are kept, other mappings become dicts."""
-    return unpack(*pack(structure))
+def _same(one: Any, two: Any) -> bool:
+    """Whether two structures are written alike: lists and tuples are told apart, mappings are not."""
+    (packed, tensors), (other, others) = pack(one), pack(two)
+    return packed == other and all(torch.equal(t, others[name]) for name, t in tensors.items())
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

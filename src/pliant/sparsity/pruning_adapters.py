@@ -819,12 +819,7 @@ class PruningAdapters(Dynamic):
         """
         kind = self.score if score is None else check.choice("score", score, Score)
         if kind == "weight":
-            pieces: dict[str, Tensor] = {}
-            with torch.no_grad():
-                setting = self._setting()
-                tensors = self._tensors(setting, self._network(setting), fused=True, pieces=pieces)
-            found = {n: pieces[n] if self.kind == "splopa" else tensors[self._written(n)] for n in self._scored()}
-            sums = {n: self._weight_sums(n, weight.abs()) for n, weight in found.items()}
+            sums = {n: self._weight_sums(n, weight.abs()) for n, weight in self._scored_weights().items()}
         elif data is not None:
             sums = self._scored_on(data, kind)
         else:
@@ -895,6 +890,14 @@ class PruningAdapters(Dynamic):
             part = product.abs().sum(others) if kind == "lrp" and signed else product.mean(others)
         part = (part if signed else part.abs()).detach().double()
         sums[name] = sums[name] + part if name in sums else part
+
+    @torch.no_grad()
+    def _scored_weights(self) -> dict[str, Tensor]:
+        """The weights of the layers that are scored, as the setting in use has them."""
+        pieces: dict[str, Tensor] = {}
+        setting = self._setting()
+        tensors = self._tensors(setting, self._network(setting), fused=True, pieces=pieces)
+        return {n: pieces[n] if self.kind == "splopa" else tensors[self._written(n)] for n in self._scored()}
 
     def _weight_sums(self, name: str, weight: Tensor) -> Tensor:
         """The sum over each output's weights, for SPLoPA over each block's."""
@@ -1277,6 +1280,10 @@ class PruningAdapters(Dynamic):
         self._epoch, self._sums = scores["epoch"], scores["sums"]
         self._scored_at = structure["at"]
         self.use(self._point_of(self._all()[structure["at"]]))
+        if any(scores.values()):
+            shapes = {n: self._weight_sums(n, w).shape for n, w in self._scored_weights().items()}
+            if wrong := [n for found in scores.values() for n, t in found.items() if t.shape != shapes.get(n)]:
+                raise ValueError(f"structure: the scores of {wrong[0]!r} are not those of its outputs")
 
     def extra_repr(self) -> str:
         """The options."""

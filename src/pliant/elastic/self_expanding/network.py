@@ -360,7 +360,8 @@ class SelfExpanding(Dynamic):
                 grow_state(optimizer, changes)
                 join_groups(optimizer, fresh)
             self.ops.append(copy.deepcopy(op))
-        self.history = copy.deepcopy(structure["history"])
+        events = check.sequence("history", structure["history"], lambda n, v: check.instance(n, v, dict), empty=True)
+        self.history = [copy.deepcopy(event) for event in events]
         self._recent = [(x, y) for x, y in structure.get("samples", [])]
         for network, slopes in zip([*self.stages, self.model], structure["slopes"], strict=True):
             for name, slope in slopes.items():
