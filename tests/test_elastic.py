@@ -92,6 +92,7 @@ def _ready(name: str) -> Dynamic:
 # -- compiled ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # at all points; test_catalogue asks at the first and the last
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("SortedNet", "ProARD"))) for n in MAKE]
 )
@@ -242,6 +243,7 @@ RUNS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # more variants of what test_catalogue asks of every method
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("name", list(RUNS))
 def test_a_run_resumed_at_any_step_is_the_unbroken_one(name: str, optimizer: str, tmp_path: Path) -> None:
