@@ -28,7 +28,7 @@ from pliant import catalog, report
 from pliant._version import __version__
 from pliant.core.cost import count_bytes, count_parameters, flops_per_sample, latency_ratio
 from pliant.core.dynamic import Dynamic, NotStaticError, Point
-from pliant.core.frontier import COSTS, Frontier, Row, evaluate, measure
+from pliant.core.frontier import COSTS, Frontier, Row, evaluate, measure, undominated
 from pliant.core.inputs import Input, evaluating, first_line, split_batch, take
 from pliant.core.objective import Criterion, Metric
 from pliant.core.persistence import save
@@ -370,14 +370,15 @@ def recommendation(done: Comparison) -> list[str]:
     base = next((r for r in done.results if r.kind == "baseline"), None)
     if base is None:
         return []
+    fronts = [(result, result.chosen()) for result in done.results]
     start = base.chosen().best_row().quality
     lines: dict[tuple[str, Point], str] = {}
     for allowed, words in ((0.0, "without loss on validation"), (0.01, "within one hundredth on validation")):
         fits = [
             (row.latency, result, row)
-            for result in done.results
-            for row in result.chosen()
-            if result.chosen().gain(row.quality) >= result.chosen().gain(start) - allowed * abs(start)
+            for result, front in fronts
+            for row in front
+            if front.gain(row.quality) >= front.gain(start) - allowed * abs(start)
             and row.latency < 1.0
             and result is not base
         ]
@@ -399,13 +400,9 @@ def _fronts(done: Comparison) -> dict[str, set[tuple[str, Point]]]:
     found: dict[str, set[tuple[str, Point]]] = {}
     sign = -1 if done.results[0].test[0].lower_is_better else 1
     for cost in ("flops", "latency"):
-        points = [(m[cost], -sign * m["quality"], r.name, p) for r in done.results for p, m, _ in r.mean()]
-        best, kept = math.inf, set()
-        for _, loss, name, point in sorted((p for p in points if not math.isnan(p[0])), key=lambda p: p[:2]):
-            if loss < best:
-                best = loss
-                kept.add((name, point))
-        found[cost] = kept
+        points = [(m[cost], sign * m["quality"], r.name, p) for r in done.results for p, m, _ in r.mean()]
+        timed = [p for p in points if not math.isnan(p[0])]
+        found[cost] = {timed[i][2:] for i in undominated([p[:2] for p in timed])}
     return found
 
 

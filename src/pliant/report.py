@@ -59,15 +59,10 @@ class Curve:
 
     def front(self) -> list[int]:
         """Indices of the points that no cheaper one of the curve equals, from the cheapest: those a line may join."""
-        best, kept = float("-inf"), []
-        for i in sorted(
-            range(len(self.x)), key=lambda i: (self.x[i], self.y[i] if self.lower_is_better else -self.y[i])
-        ):
-            gain = -self.y[i] if self.lower_is_better else self.y[i]
-            if gain > best:
-                best = gain
-                kept.append(i)
-        return kept
+        from pliant.core.frontier import undominated
+
+        sign = -1 if self.lower_is_better else 1
+        return undominated([(x, sign * y) for x, y in zip(self.x, self.y, strict=True)])
 
     @classmethod
     def of(cls, frontier: Frontier, cost: str = "flops", **style: Any) -> Curve:

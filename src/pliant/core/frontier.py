@@ -42,6 +42,16 @@ class Row:
     unknown: tuple[str, ...] = ()
 
 
+def undominated(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (cost, gain) that no other equals in gain at the same or a lower cost, from the cheapest on."""
+    best, kept = -math.inf, []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if points[i][1] > best:
+            best = points[i][1]
+            kept.append(i)
+    return kept
+
+
 @dataclass(frozen=True)
 class Frontier:
     """The measured settings of one network, from the cheapest to the dearest in FLOPs.
@@ -94,12 +104,8 @@ class Frontier:
 
     def pareto(self, cost: str = "flops") -> Frontier:
         """The rows that no other row beats in quality at the same or a lower ``cost``."""
-        kept: list[Row] = []
-        for row in sorted(self.rows, key=lambda r: (getattr(r, cost), -self.gain(r.quality))):
-            best = self.gain(kept[-1].quality) if kept else -math.inf
-            if self.gain(row.quality) > best:
-                kept.append(row)
-        return replace(self, rows=tuple(kept))
+        kept = undominated([(getattr(r, cost), self.gain(r.quality)) for r in self.rows])
+        return replace(self, rows=tuple(self.rows[i] for i in kept))
 
     def quality_at(self, budget: float, cost: str = "flops") -> float:
         """The best quality at ``cost`` <= ``budget``; where nothing fits, the infinity that is worst."""

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -278,34 +278,23 @@ def _take_away_leftovers(folder: Path) -> None:
                 shutil.rmtree(path)
 
 
-def is_ours(folder: Path, kind: str) -> bool:
-    """Whether ``folder`` holds what ``write_folder`` wrote as ``kind`` and nothing else; its tensors may be damaged."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    if {p.name for p in folder.iterdir()} - {CONFIG, TENSORS} or not (folder / CONFIG).is_file():
-        return False
-    try:
-        return _manifest(folder).get("kind") == kind
-    except NewerFormatError:
-        return True
-    except SavedFileError:
-        return False
+def standing(folder: Path, kind: str) -> Literal["ours", "damaged", "foreign"]:
+    """What stands in ``folder``: what ``write_folder`` wrote as ``kind``, remains of it, or certainly something else.
 
-
-def is_foreign(folder: Path, kind: str) -> bool:
-    """Whether ``folder`` certainly holds something that is not a ``kind``, be it whole or damaged."""
-    if folder.is_symlink() or not folder.is_dir():
-        return True
-    if {p.name for p in folder.iterdir()} - {CONFIG, TENSORS}:
-        return True
+    What is ours has a readable manifest and no other file; its tensors may be damaged all the same.
+    """
+    if folder.is_symlink() or not folder.is_dir() or {p.name for p in folder.iterdir()} - {CONFIG, TENSORS}:
+        return "foreign"
+    if not (folder / CONFIG).is_file():
+        return "damaged"
     try:
-        return (folder / CONFIG).is_file() and _manifest(folder).get("kind") != kind
-    except DamagedError:
-        return False
+        return "ours" if _manifest(folder).get("kind") == kind else "foreign"
     except NewerFormatError:
-        return False
+        return "ours"
     except ForeignError:
-        return True
+        return "foreign"
+    except DamagedError:
+        return "damaged"
 
 
 def _check_ours(folder: Path, kind: str) -> None:
@@ -313,7 +302,7 @@ def _check_ours(folder: Path, kind: str) -> None:
     if not folder.is_dir():
         raise FileExistsError(errno.EEXIST, f"folder: {folder} is a file; give the name of a folder")
     names = {p.name for p in folder.iterdir()}
-    if names and not is_ours(folder, kind):
+    if names and standing(folder, kind) != "ours":
         strange = sorted(names - {CONFIG, TENSORS})
         what = f"holds {strange[0]!r}" if strange else f"holds something that is not a saved pliant {kind}"
         raise FileExistsError(errno.EEXIST, f"folder: {folder} {what}; give an empty or a new folder")

@@ -46,11 +46,10 @@ from pliant.core.dynamic import Dynamic, Point
 from pliant.core.inputs import Batch, rows_of, split_batch, tensors_in, to_device
 from pliant.core.persistence import (
     SavedFileError,
-    is_foreign,
-    is_ours,
     load_state,
     pack,
     read_folder,
+    standing,
     state_of,
     unpack,
     write_folder,
@@ -657,7 +656,7 @@ class _Store:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"checkpoint: {folder} is a file; give the name of a folder")
         for path in self._named():
-            if is_foreign(path, "checkpoint"):
+            if standing(path, "checkpoint") == "foreign":
                 raise ValueError(
                     f"checkpoint: {path} was not written by pliant, and a run would come to stand there; give another "
                     "folder"
@@ -674,7 +673,7 @@ class _Store:
 
     def found(self) -> list[Path]:
         """Checkpoints from the oldest to the newest: folders with our own manifest, and nothing else."""
-        return [p for p in self._named() if is_ours(p, "checkpoint")]
+        return [p for p in self._named() if standing(p, "checkpoint") == "ours"]
 
     def tidy(self) -> None:
         """Take what interrupted writes left behind away, and set aside what has the name of a checkpoint and is none.
